@@ -18,7 +18,7 @@ def visible_keys(
     """
     if not causal and window is None and key_lengths is None:
         return None
-    lengths = torch.tensor([len_k], device=device) if key_lengths is None else key_lengths.to(device)
+    lengths = torch.tensor([len_k], device=device) if key_lengths is None else key_lengths.to(device).clamp(0, len_k)
     lengths = lengths.view(-1, 1, 1, 1)
     key = torch.arange(len_k, device=device)
     position = lengths - len_q + torch.arange(len_q, device=device).view(-1, 1)
@@ -39,6 +39,8 @@ def forward(
     """softmax(scale q k^T + mask) v in float32 or wider; a row that sees no key gives zeros."""
     batch, heads_q, len_q, dim = query.shape
     heads_kv, len_k = key.shape[1:3]
+    if len_k == 0:
+        return query.new_zeros(batch, heads_q, len_q, value.shape[-1])
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(wide) * scale).reshape(batch, heads_kv, heads_q // heads_kv * len_q, dim)
     scores = (grouped @ key.to(wide).transpose(-1, -2)).view(batch, heads_q, len_q, len_k)
@@ -48,8 +50,6 @@ def forward(
         scores = scores.masked_fill(~mask, -torch.inf)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    if len_k == 0:
-        return query.new_zeros(batch, heads_q, len_q, value.shape[-1])
     top = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
     total = weights.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain PyTorch (Su et al., RoFormer, 2021, eq. 34, in the half-split order of GPT-NeoX)."""
+"""Rotary position embedding in plain PyTorch (Su et al., RoFormer, 2021, eq. 34, in GPT-NeoX's half-split order)."""
 
 import torch
 from torch import Tensor

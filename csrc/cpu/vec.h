@@ -1,0 +1,209 @@
+// The only place with intrinsics: vectors of the compute type (float or double) and conversions from storage types.
+//
+// One source per kernel is compiled once per instruction set; what differs is here:
+//
+//                AVX2      AVX-512
+//   Vec<float>   8 lanes   16 lanes
+//   Vec<double>  4 lanes   8 lanes
+//
+// float16 and bfloat16 are storage types: they widen on load and are rounded to nearest even on store, NaN stays NaN.
+// `load(p, n)` and `store(p, v, n)` touch exactly the first n < N elements; lanes beyond read as zero.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace qvl {
+
+struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
+  std::uint16_t bits;
+};
+
+// The compute type of a storage type.
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+template <class A>
+struct Vec;
+
+#if defined(__AVX512F__)
+
+template <>
+struct Vec<float> {
+  static constexpr int N = 16;
+  __m512 v;
+  Vec() : v(_mm512_setzero_ps()) {}
+  Vec(__m512 x) : v(x) {}
+  explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+};
+template <>
+struct Vec<double> {
+  static constexpr int N = 8;
+  __m512d v;
+  Vec() : v(_mm512_setzero_pd()) {}
+  Vec(__m512d x) : v(x) {}
+  explicit Vec(double x) : v(_mm512_set1_pd(x)) {}
+};
+
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
+inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
+inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm512_mul_pd(a.v, b.v); }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+inline double sum(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
+
+inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+inline Vec<float> widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m256i round_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+inline Vec<float> load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec<float> load(const float* p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
+inline Vec<float> load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec<float> load(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first16(n), p)); }
+inline Vec<float> load(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec<float> load(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), p)); }
+inline Vec<double> load(const double* p) { return _mm512_loadu_pd(p); }
+inline Vec<double> load(const double* p, int n) { return _mm512_maskz_loadu_pd(first8(n), p); }
+
+inline void store(float* p, Vec<float> a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, Vec<float> a, int n) { _mm512_mask_storeu_ps(p, first16(n), a.v); }
+inline void store(bf16* p, Vec<float> a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(a.v)); }
+inline void store(bf16* p, Vec<float> a, int n) { _mm256_mask_storeu_epi16(p, first16(n), round_bf16(a.v)); }
+inline void store(f16* p, Vec<float> a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(f16* p, Vec<float> a, int n) {
+  _mm256_mask_storeu_epi16(p, first16(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(double* p, Vec<double> a) { _mm512_storeu_pd(p, a.v); }
+inline void store(double* p, Vec<double> a, int n) { _mm512_mask_storeu_pd(p, first8(n), a.v); }
+
+#elif defined(__AVX2__)
+
+template <>
+struct Vec<float> {
+  static constexpr int N = 8;
+  __m256 v;
+  Vec() : v(_mm256_setzero_ps()) {}
+  Vec(__m256 x) : v(x) {}
+  explicit Vec(float x) : v(_mm256_set1_ps(x)) {}
+};
+template <>
+struct Vec<double> {
+  static constexpr int N = 4;
+  __m256d v;
+  Vec() : v(_mm256_setzero_pd()) {}
+  Vec(__m256d x) : v(x) {}
+  explicit Vec(double x) : v(_mm256_set1_pd(x)) {}
+};
+
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_ps(a.v, b.v); }
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline float sum(Vec<float> a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
+inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
+inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm256_mul_pd(a.v, b.v); }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
+inline double sum(Vec<double> a) {
+  const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+
+inline __m256i first8(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first4(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+// AVX2 has no masked access to 16-bit elements: a tail goes through a small buffer.
+inline __m128i load_first8_u16(const void* p, int n) {
+  std::uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n) * 2);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+inline void store_first8_u16(void* p, __m128i x, int n) {
+  std::uint16_t buffer[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer), x);
+  std::memcpy(p, buffer, static_cast<std::size_t>(n) * 2);
+}
+
+inline Vec<float> widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+inline __m128i round_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+inline Vec<float> load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec<float> load(const float* p, int n) { return _mm256_maskload_ps(p, first8(n)); }
+inline Vec<float> load(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec<float> load(const bf16* p, int n) { return widen_bf16(load_first8_u16(p, n)); }
+inline Vec<float> load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec<float> load(const f16* p, int n) { return _mm256_cvtph_ps(load_first8_u16(p, n)); }
+inline Vec<double> load(const double* p) { return _mm256_loadu_pd(p); }
+inline Vec<double> load(const double* p, int n) { return _mm256_maskload_pd(p, first4(n)); }
+
+inline void store(float* p, Vec<float> a) { _mm256_storeu_ps(p, a.v); }
+inline void store(float* p, Vec<float> a, int n) { _mm256_maskstore_ps(p, first8(n), a.v); }
+inline void store(bf16* p, Vec<float> a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_bf16(a.v)); }
+inline void store(bf16* p, Vec<float> a, int n) { store_first8_u16(p, round_bf16(a.v), n); }
+inline void store(f16* p, Vec<float> a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(f16* p, Vec<float> a, int n) {
+  store_first8_u16(p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT), n);
+}
+inline void store(double* p, Vec<double> a) { _mm256_storeu_pd(p, a.v); }
+inline void store(double* p, Vec<double> a, int n) { _mm256_maskstore_pd(p, first4(n), a.v); }
+
+#else
+#error "vec.h needs -mavx2 -mfma -mf16c or the AVX-512 flags of setup.py"
+#endif
+
+// What a value becomes by being stored as T and read back.
+inline Vec<float> rounded_to(const float*, Vec<float> a) { return a; }
+inline Vec<double> rounded_to(const double*, Vec<double> a) { return a; }
+inline Vec<float> rounded_to(const bf16*, Vec<float> a) { return widen_bf16(round_bf16(a.v)); }
+inline Vec<float> rounded_to(const f16*, Vec<float> a) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
+}  // namespace qvl

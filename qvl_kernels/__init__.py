@@ -1,0 +1,32 @@
+"""Attention, normalisation and linear kernels for AVX2 CPUs and NVIDIA Pascal GPUs, with plain PyTorch wherever nothing
+native runs.
+
+Each public name is one operation: `qvl_kernels/<op>.py` holds its contract. `explain()` says what runs on this machine.
+"""
+
+from ._backends import available_backends, explain, use_backend
+from .attention import attention
+from .attention_varlen import attention_varlen
+from .gelu_tanh import gelu_tanh
+from .layer_norm import layer_norm
+from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
+from .rms_norm import rms_norm
+from .rotary import rotary
+from .swiglu import swiglu
+
+__all__ = [
+    "PackedLinear",
+    "PackedWeight",
+    "attention",
+    "attention_varlen",
+    "available_backends",
+    "explain",
+    "gelu_tanh",
+    "layer_norm",
+    "pack_linear",
+    "packed_linear",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "use_backend",
+]

@@ -1,0 +1,82 @@
+"""Softmax attention over packed segments of unequal length: contract, checks, choice of the backend."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import _backends, _checks
+from .reference import attention_varlen as reference
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+) -> Tensor:
+    """out[s] = softmax(scale q[s] k[s]^T) v[s] for every segment s; segments do not see each other.
+
+    Segment s holds the tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1, as in flash-attn's varlen functions; lengths of 0
+    are allowed.
+
+    Args:
+        query: (Tq, Hq, D), all segments' queries one after the other.
+        key: (Tk, Hkv, D); Hq is a multiple of Hkv.
+        value: (Tk, Hkv, Dv).
+        cu_seqlens_q: (S + 1,) int32 or int64, ascending from 0 to Tq.
+        cu_seqlens_k: (S + 1,) likewise, from 0 to Tk.
+        causal, scale, window: as in `attention`, aligned bottom-right within each segment.
+
+    Returns:
+        (Tq, Hq, Dv) in query's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, device, shape, or offsets; the message names it.
+
+    Source: Dao, FlashAttention-2, 2023 (its `flash_attn_varlen_func` fixes the layout).
+
+    >>> q = torch.randn(5, 2, 8)
+    >>> offsets = torch.tensor([0, 2, 5])
+    >>> attention_varlen(q, q, q, offsets, offsets).shape
+    torch.Size([5, 2, 8])
+    """
+    op = "attention_varlen"
+    _checks.floating(op, query=query, key=key, value=value)
+    _checks.shape(op, "query", query, "(Tq, Hq, D)", (None, None, None))
+    tokens_q, heads_q, dim = query.shape
+    _checks.shape(op, "key", key, "(Tk, Hkv, D)", (None, None, dim))
+    _checks.shape(op, "value", value, "(Tk, Hkv, Dv)", (key.shape[0], key.shape[1], None))
+    _checks.head_groups(op, heads_q, key.shape[1])
+    window = _checks.window(op, window)
+    offsets_q = _offsets("cu_seqlens_q", cu_seqlens_q, tokens_q)
+    offsets_k = _offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+    if len(offsets_q) != len(offsets_k):
+        segments_q, segments_k = len(offsets_q) - 1, len(offsets_k) - 1
+        raise ValueError(f"{op}: cu_seqlens_k must have cu_seqlens_q's {segments_q} segments, got {segments_k}")
+    if scale is None:
+        scale = 1 / math.sqrt(dim) if dim else 1.0
+    return _attention_varlen.choose().forward(query, key, value, offsets_q, offsets_k, scale, causal, window)
+
+
+def _offsets(name: str, offsets: Tensor, tokens: int) -> list[int]:
+    op = "attention_varlen"
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
+    _checks.shape(op, name, offsets, "(S + 1,)", (None,))
+    values = offsets.tolist()
+    if not values or values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
+        shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
+        raise ValueError(f"{op}: {name} must ascend from 0 to {tokens}, got {shown}")
+    return values
+
+
+_attention_varlen = _backends.Operation("attention_varlen", {"reference": _backends.Reference(reference.forward)})
