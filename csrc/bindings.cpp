@@ -35,18 +35,18 @@ bool is_float(DType dtype) {
 TensorView rows_of(const TensorView& t, const TensorView& like, const char* what) {
   require(t.device < 0 && t.dtype == like.dtype && t.ndim > 0 && t.numel() == like.numel(), what);
   require(t.size[t.ndim - 1] == like.size[like.ndim - 1], what);
-  require(t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1, what);
+  require(t.numel() == 0 || t.size[t.ndim - 1] == 1 || t.stride[t.ndim - 1] == 1, what);
   return t;
 }
 
 // An output or a vector: CPU memory, contiguous, with this many elements.
 TensorView contiguous(const TensorView& t, std::int64_t numel, const char* what) {
+  require(t.device < 0 && t.numel() == numel, what);
   std::int64_t expected = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    require(t.size[i] <= 1 || t.stride[i] == expected, what);
+  for (int i = t.ndim - 1; i >= 0 && numel > 0; --i) {
+    require(t.size[i] == 1 || t.stride[i] == expected, what);
     expected *= t.size[i];
   }
-  require(t.device < 0 && expected == numel, what);
   return t;
 }
 

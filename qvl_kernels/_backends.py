@@ -44,11 +44,8 @@ class Operation:
     def __init__(self, name: str, implementations: Mapping[str, Any]) -> None:
         self.name = name
         self.implementations = {backend: implementations[backend] for backend in BACKENDS if backend in implementations}
+        self._usable = tuple(entry for backend, entry in self.implementations.items() if unavailable(backend) is None)
         _operations[name] = self
-
-    @functools.cached_property
-    def _usable(self) -> tuple[Any, ...]:
-        return tuple(entry for backend, entry in self.implementations.items() if unavailable(backend) is None)
 
     def choose(self, *arguments: Any) -> Any:
         """The first implementation that takes these arguments, or the forced one.

@@ -23,5 +23,5 @@ def backward(
     grad_x = rstd * (grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True))
     if grad_hidden is not None:
         grad_x = grad_x + grad_hidden
-    grad_weight = (grad_y.to(rstd.dtype) * normed).reshape(-1, weight.shape[0]).sum(0)
+    grad_weight = (grad_y.to(rstd.dtype) * normed).reshape(rstd.numel(), weight.shape[0]).sum(0)
     return grad_x.to(hidden.dtype), grad_weight.to(weight.dtype)
