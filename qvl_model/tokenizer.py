@@ -147,9 +147,9 @@ def _token_text(value: Any) -> str | None:
 class StreamDecoder:
     """Text from ids that arrive one by one; the pieces joined equal ``decode`` of all ids.
 
-    A character may be spread over several tokens. Text is held back while its last character is U+FFFD, which is what
-    an unfinished one decodes to, so no piece ever ends in half a character. Only the ids since the last two pieces are
-    decoded again: what a token looks like can depend on the one before it (a leading space), not on earlier ones.
+    A character may be spread over several tokens. U+FFFD at the end of the text is held back, being what an unfinished
+    character decodes to. Only the ids since the last two clean ends are decoded again: what a token looks like can
+    depend on the one before it (a leading space), not on earlier ones.
 
         >>> stream = processor.stream_decoder()                                    # doctest: +SKIP
         >>> "".join([stream.put(i) for i in ids] + [stream.end()]) == processor.decode(ids)  # doctest: +SKIP
@@ -161,14 +161,16 @@ class StreamDecoder:
         self._skip_special_tokens = skip_special_tokens
         self._context: list[int] = []
         self._pending: list[int] = []
+        self._sent = 0  # characters of the pending ids' text that are out already
 
     def put(self, token_id: int) -> str:
         """The text that ``token_id`` completes; often one word, sometimes empty."""
         self._pending.append(int(token_id))
-        piece = self._new_text()
-        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._context, self._pending = self._pending, []
+        text = self._pending_text()
+        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        piece, self._sent = complete[self._sent :], len(complete)
+        if text and complete == text:
+            self._context, self._pending, self._sent = self._pending, [], 0
         return piece
 
     def put_all(self, token_ids: Iterable[int]) -> str:
@@ -177,10 +179,10 @@ class StreamDecoder:
 
     def end(self) -> str:
         """What is still held back, and a fresh start."""
-        piece = self._new_text()
-        self._context, self._pending = [], []
+        piece = self._pending_text()[self._sent :]
+        self._context, self._pending, self._sent = [], [], 0
         return piece
 
-    def _new_text(self) -> str:
+    def _pending_text(self) -> str:
         before = self._tokenizer.decode(self._context, self._skip_special_tokens)
         return self._tokenizer.decode(self._context + self._pending, self._skip_special_tokens)[len(before) :]
