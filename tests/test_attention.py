@@ -1,0 +1,205 @@
+"""attention against its definition, written out row by row in float64, on every backend by name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from utils import DTYPES, assert_close, backends_of, device_of, on
+
+from qvl_kernels import attention
+
+BACKENDS = backends_of("attention")
+
+
+def seen(i: int, len_q: int, length: int, causal: bool, window: tuple[int, int] | None) -> list[int]:
+    """The keys that query i sees, from the sentence in the docstring."""
+    position = length - len_q + i
+    left, right = window or (-1, -1)
+    return [
+        j
+        for j in range(length)
+        if (not causal or j <= position) and (left < 0 or j >= position - left) and (right < 0 or j <= position + right)
+    ]
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, *, causal=False, scale=None, window=None, mask=None, key_lengths=None):
+    """softmax(scale q k^T + mask) v, one query at a time, in q's dtype."""
+    batch, heads, len_q, dim = q.shape
+    len_k = k.shape[2]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    mask = None if mask is None else mask.expand(batch, heads, len_q, len_k)
+    out = q.new_zeros(batch, heads, len_q, v.shape[-1])
+    for b in range(batch):
+        length = len_k if key_lengths is None else int(key_lengths[b])
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            for i in range(len_q):
+                keys = seen(i, len_q, length, causal, window)
+                if mask is not None and mask.dtype == torch.bool:
+                    keys = [j for j in keys if mask[b, h, i, j]]
+                if not keys:
+                    continue
+                scores = scale * (k[b, kv, keys] @ q[b, h, i])
+                if mask is not None and mask.dtype != torch.bool:
+                    scores = scores + mask[b, h, i, keys]
+                out[b, h, i] = torch.softmax(scores, 0) @ v[b, kv, keys]
+    return out
+
+
+def check(backend: str, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
+    with on(backend):
+        ours = attention(q, k, v, **options)
+    wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
+    exact = definition(q.double(), k.double(), v.double(), **wide)
+    plain = definition(
+        q, k, v, **{n: x.to(q.dtype) if n == "mask" and x.is_floating_point() else x for n, x in options.items()}
+    )
+    # The exponential turns a score's absolute error into a relative one of the result: it grows with the largest score.
+    score = q.double().square().sum(-1).max().sqrt().item() if q.numel() else 0.0
+    score *= k.double().square().sum(-1).max().sqrt().item() if k.numel() else 0.0
+    largest = max(1.0, score / math.sqrt(q.shape[-1])) * (v.abs().max().item() if v.numel() else 0.0)
+    assert_close("out", ours, exact, plain, k.shape[2] + q.shape[-1], largest=largest)
+
+
+def qkv(batch, heads_q, heads_kv, len_q, len_k, dim, dim_v=None, dtype=torch.float32, device="cpu"):
+    shapes = (batch, heads_q, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v or dim)
+    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads_q", "heads_kv"), [(2, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (3, 2)}, {"causal": True, "window": (4, -1)}], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_and_windows(backend, options, heads_q, heads_kv, dtype):
+    check(backend, *qkv(2, heads_q, heads_kv, 7, 13, 16, 8, dtype, device_of(backend)), **options)
+
+
+@pytest.mark.parametrize(("len_q", "len_k"), [(1, 1), (1, 64), (5, 3), (63, 63), (17, 111), (0, 4), (4, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths(backend, causal, len_q, len_k):
+    check(backend, *qkv(1, 2, 1, len_q, len_k, 8, device=device_of(backend)), causal=causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks(backend):
+    q, k, v = qkv(2, 4, 2, 5, 9, 8, device=device_of(backend))
+    keep = torch.rand(2, 1, 5, 9, device=q.device) < 0.5
+    keep[0, 0, 2] = False
+    check(backend, q, k, v, mask=keep)
+    check(backend, q, k, v, mask=torch.randn(4, 5, 9, device=q.device), causal=True)
+    check(backend, q, k, v, mask=torch.zeros(5, 9, device=q.device).masked_fill(~keep[1, 0], -torch.inf))
+    with on(backend):
+        assert torch.equal(attention(q, k, v, mask=keep)[0, :, 2], q.new_zeros(4, 8)), "a query that sees no key"
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": (2, 0)}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ragged_lengths(backend, options):
+    q, k, v = qkv(4, 2, 2, 3, 10, 8, device=device_of(backend))
+    check(backend, q, k, v, key_lengths=torch.tensor([10, 1, 0, 7], device=q.device), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_beyond_the_length_are_never_read_into_the_result(backend):
+    q, k, v = qkv(1, 2, 2, 3, 10, 8, device=device_of(backend))
+    lengths = torch.tensor([6], device=q.device)
+    with on(backend):
+        before = attention(q, k, v, causal=True, key_lengths=lengths)
+        k[:, :, 6:], v[:, :, 6:] = 1e30, 1e30
+        assert torch.equal(before, attention(q, k, v, causal=True, key_lengths=lengths))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_and_outliers(backend):
+    q, k, v = (x.transpose(1, 2) for x in qkv(2, 6, 9, 4, 4, 16, device=device_of(backend)))
+    q = q.contiguous()[:, :, :6]
+    check(backend, q, k[:, :, ::3].expand(-1, -1, -1, -1), v[:, :, ::3])
+    q[..., 0] *= 50
+    check(backend, q, k, v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_sequences_give_the_same_in_blocks(backend, monkeypatch):
+    import sys
+
+    q, k, v = qkv(1, 4, 2, 96, 96, 16, device=device_of(backend))
+    mask = torch.rand(1, 1, 96, 96, device=q.device) < 0.8
+    with on(backend):
+        whole = attention(q, k, v, causal=True, mask=mask)
+        monkeypatch.setattr(sys.modules["qvl_kernels.attention"], "_REFERENCE_SCORE_BYTES", 4 * 4 * 96 * 7)
+        torch.testing.assert_close(attention(q, k, v, causal=True, mask=mask), whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend):
+    q, k, v = (x.double().requires_grad_() for x in qkv(2, 4, 2, 3, 5, 4, 3, device=device_of(backend)))
+    lengths = torch.tensor([5, 2], device=q.device)
+    with on(backend):
+        assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, causal=True, key_lengths=lengths), (q, k, v))
+        out = attention(q, k, v, key_lengths=torch.tensor([5, 0], device=q.device))
+        out.sum().backward()
+    assert torch.equal(q.grad[1], torch.zeros_like(q.grad[1])), "a query that sees no key has no gradient"
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    heads_kv=st.integers(1, 2),
+    group=st.integers(1, 3),
+    len_q=st.integers(1, 9),
+    len_k=st.integers(1, 20),
+    dim=st.sampled_from([1, 3, 8, 16]),
+    causal=st.booleans(),
+    window=st.none() | st.tuples(st.integers(-1, 6), st.integers(-1, 6)),
+    ragged=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_cases(backend, batch, heads_kv, group, len_q, len_k, dim, causal, window, ragged, dtype, seed):
+    torch.manual_seed(seed)
+    q, k, v = qkv(batch, heads_kv * group, heads_kv, len_q, len_k, dim, dtype=dtype, device=device_of(backend))
+    lengths = torch.randint(0, len_k + 1, (batch,), device=q.device) if ragged else None
+    check(backend, q, k, v, causal=causal, window=window, key_lengths=lengths)
+
+
+Q = torch.zeros(2, 4, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (
+            (Q, torch.zeros(2, 7, 4, 64), Q),
+            {},
+            ValueError,
+            r"key must have shape \(B, Hkv, Lk, D\) = \(2, \*, \*, 8\), got",
+        ),
+        ((Q, Q[:, :3], Q[:, :3]), {}, ValueError, "query's 4 heads must be a multiple of key's 3"),
+        ((Q, Q, Q[:, :, :2]), {}, ValueError, r"value must have shape \(B, Hkv, Lk, Dv\) = \(2, 4, 3, \*\)"),
+        ((Q, Q.half(), Q), {}, TypeError, "key must have query's dtype float32, got float16"),
+        (
+            (Q, Q, Q),
+            {"mask": torch.zeros(3, 4)},
+            ValueError,
+            r"mask must broadcast to \(B, Hq, Lq, Lk\) = \(2, 4, 3, 3\)",
+        ),
+        ((Q, Q, Q), {"mask": torch.zeros(3, 3).int()}, TypeError, "mask must be bool or floating"),
+        ((Q, Q, Q), {"key_lengths": torch.zeros(3).int()}, ValueError, r"key_lengths must have shape \(B,\) = \(2,\)"),
+        ((Q, Q, Q), {"key_lengths": torch.zeros(2)}, TypeError, "key_lengths must be integers"),
+        ((Q, Q, Q), {"window": (1, 2, 3)}, ValueError, "window must be a pair of integers"),
+        ((Q[0], Q, Q), {}, ValueError, r"query must have shape \(B, Hq, Lq, D\)"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, error, message):
+    with pytest.raises(error, match="attention: " + message):
+        attention(*arguments, **options)
