@@ -54,4 +54,4 @@ def forward(
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
     total = weights.sum(-1, keepdim=True)
     weights = (weights / torch.where(total > 0, total, 1.0)).view(batch, heads_kv, -1, len_k)
-    return (weights @ value.to(wide)).view(batch, heads_q, len_q, -1).to(query.dtype)
+    return (weights @ value.to(wide)).view(batch, heads_q, len_q, value.shape[-1]).to(query.dtype)

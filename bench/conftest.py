@@ -1,0 +1,77 @@
+"""`pytest bench`: every bench checks, times and relates; the table is printed at the end.
+
+pytest bench                      about five minutes
+pytest bench --short              one small case of each, a few rounds: that the benches still run
+pytest bench --qvl-json OUT.json  the rows, the machine and the commit
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timing import RESULTS, Case, machine, measure, record, table, write_json
+
+from qvl_kernels import _backends
+
+
+def pytest_addoption(parser):
+    parser.addoption("--short", action="store_true", help="one small case of each bench, a few rounds")
+    parser.addoption("--qvl-json", metavar="FILE", help="write the measured rows to FILE")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--short"):
+        seen = set()
+        kept = []
+        for item in items:
+            if item.originalname not in seen:
+                seen.add(item.originalname)
+                kept.append(item)
+        items[:] = kept
+
+
+@pytest.fixture
+def compare(benchmark, request):
+    """compare(case, ours, reference, torch): checks that all three agree, times them interleaved, records the row.
+
+    pytest-benchmark times `ours` too, so that its own comparison over commits works.
+    """
+
+    def run(case: Case, ours, reference, torch_own, tolerance: float) -> None:
+        with torch.no_grad():
+            _agree(ours(), reference(), tolerance)
+            _agree(ours(), torch_own(), tolerance)
+            rounds = 3 if request.config.getoption("--short") else 25
+            runs = {"ours": ours, "reference": reference, "torch": torch_own}
+            row = record(case, measure(case, runs, rounds), backend_of(case.operation))
+            benchmark.extra_info.update(ratio_to_torch=row.ratio_to_torch, percent_of_roof=row.percent_of_roof)
+            benchmark.pedantic(ours, rounds=rounds, iterations=1, warmup_rounds=1)
+
+    return run
+
+
+def backend_of(operation: str) -> str:
+    """The backend that runs the operation on the CPU here: the first it has."""
+    having = _backends.explain().operations[operation]
+    return next(name for name in having if name not in ("triton", "cuda"))
+
+
+def _agree(ours, other, tolerance: float) -> None:
+    if isinstance(ours, tuple):
+        for a, b in zip(ours, other):
+            _agree(a, b, tolerance)
+        return
+    error = (ours.double() - other.double()).abs().max().item()
+    largest = other.double().abs().max().item()
+    assert error <= tolerance * largest, f"wrong before it is fast: error {error:.3g} of {largest:.3g}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not RESULTS:
+        return
+    facts = machine()
+    terminalreporter.section("qvl bench")
+    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in facts.items()))
+    terminalreporter.write_line(table(RESULTS))
+    if path := config.getoption("--qvl-json"):
+        write_json(path)
