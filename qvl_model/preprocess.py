@@ -125,14 +125,15 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
             raise ValueError(f"{name}: no bytes at all")
         return _open(io.BytesIO(source), name)
     if isinstance(source, (str, os.PathLike)):
-        path = _local_path(source)
+        path = local_file(source)
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: the file is empty")
         return _open(path, str(path))
     raise ValueError(f"{name}: expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
 
 
-def _local_path(source: str | os.PathLike) -> Path:
+def local_file(source: str | os.PathLike) -> Path:
+    """The existing file that a path or ``file://`` address names. Raises FileNotFoundError or ValueError."""
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
         raise ValueError(f"{text}: downloading is not supported; save the file and pass its path")
@@ -304,7 +305,9 @@ class ImagePreprocessor:
             image = self.resized(source, f"image {index}")
             patches.append(flatten_patches(np.asarray(image)[None], config, self._table))
             grids.append((1, image.height // config.patch_size, image.width // config.patch_size))
-        return torch.from_numpy(np.concatenate(patches)), torch.tensor(grids, dtype=torch.int64)
+        # One large image alone takes 400 MB as patches: no second copy of it.
+        pixel_values = patches[0] if len(patches) == 1 else np.concatenate(patches)
+        return torch.from_numpy(pixel_values), torch.tensor(grids, dtype=torch.int64)
 
     def resized(self, source: ImageSource, name: str = "image") -> Image.Image:
         """The RGB image that the encoder sees: loaded and resized to multiples of P * merge_size."""

@@ -275,7 +275,8 @@ class Processor:
             image_pads = [IMAGE_TOKEN * (int(n) // merged) for n in batch["image_grid_thw"].prod(-1)]
         processed = [self.video_preprocessor(video, f"video {i}") for i, video in enumerate(video_list)]
         if processed:
-            batch["pixel_values_videos"] = torch.cat([video.pixel_values for video in processed])
+            pixels = [video.pixel_values for video in processed]
+            batch["pixel_values_videos"] = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
             batch["video_grid_thw"] = torch.tensor([video.grid for video in processed], dtype=torch.int64)
         pads = {IMAGE_TOKEN: iter(image_pads), VIDEO_TOKEN: iter([self._video_text(video) for video in processed])}
         placeholder = re.compile("|".join(re.escape(token) for token in pads))

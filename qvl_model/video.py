@@ -14,7 +14,7 @@ released ``video_preprocessor_config.json``.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .preprocess import ImageSource, PatchConfig, _local_path, flatten_patches, load_image, smart_resize
+from .preprocess import ImageSource, PatchConfig, flatten_patches, load_image, local_file, smart_resize
 
 VideoSource = str | os.PathLike | np.ndarray | torch.Tensor | Sequence[ImageSource]
 
@@ -116,7 +116,6 @@ class VideoPreprocessor:
             name = os.fspath(video.source)
         try:
             frames, indices, source_fps = self._frames(video, name)
-            frames = self._resized(frames)
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(name) else f"{name}: {message}") from None
@@ -132,61 +131,67 @@ class VideoPreprocessor:
         return ProcessedVideo(torch.from_numpy(patches), grid, times)
 
     def _frames(self, video: Video, name: str) -> tuple[torch.Tensor, list[int], float]:
-        """The sampled frames (F, C, H, W) uint8, their indices, and the frame rate that the indices count in."""
-        if isinstance(video.source, (str, os.PathLike)):
-            return _decode_file(_local_path(video.source), video, self.sampling)
-        total = len(video.source)
-        if total == 0:
+        """The sampled and resized frames, their indices, and the frame rate that the indices count in."""
+        source = video.source
+        if isinstance(source, (str, os.PathLike)):
+            return self._file_frames(local_file(source), video)
+        if len(source) == 0:
             raise ValueError("the video has no frames")
         source_fps = video.source_fps or ASSUMED_SOURCE_FPS
-        indices = sample_indices(total, source_fps, video, self.sampling)
-        images = [np.asarray(load_image(video.source[i], f"{name}, frame {i}")) for i in indices]
-        sizes = sorted({image.shape[:2] for image in images})
-        if len(sizes) > 1:
-            raise ValueError(f"frames must have one size, got {' and '.join(f'{w}x{h}' for h, w in sizes)}")
-        return _channels_first(images), indices, source_fps
+        indices = sample_indices(len(source), source_fps, video, self.sampling)
+        images = (np.array(load_image(source[i], f"{name}, frame {i}")) for i in indices)
+        return self._resized(images, len(indices)), indices, source_fps
 
-    def _resized(self, frames: torch.Tensor) -> torch.Tensor:
+    def _file_frames(self, path: Path, video: Video) -> tuple[torch.Tensor, list[int], float]:
+        import av
+
+        try:
+            total, fps = _probe(path)
+            indices = sample_indices(total, fps, video, self.sampling)
+            frames = self._resized(_decode(path, indices), len(indices))
+            if len(frames) < len(indices):
+                # The container promised more frames than its stream holds.
+                total = sum(1 for _ in _decode(path, range(total)))
+                indices = sample_indices(total, fps, video, self.sampling)
+                frames = self._resized(_decode(path, indices), len(indices))
+        except (av.error.FFmpegError, IndexError) as error:
+            raise ValueError(f"{path}: not a video file that FFmpeg can read ({error})") from None
+        return frames, indices, fps
+
+    def _resized(self, images: Iterable[np.ndarray], count: int) -> torch.Tensor:
+        """``images`` (H, W, 3), of which ``count`` are expected -> (F, 3, H', W') uint8. Each is resized as it comes:
+        768 frames of 1920x1080 would take 4.8 GB together."""
+        frames: list[torch.Tensor] = []
+        first, size = (0, 0), (0, 0)
+        for image in images:
+            shape = image.shape[:2]
+            if not frames:
+                first, size = shape, self._size(*shape, count)
+            elif shape != first:
+                raise ValueError(f"frames must have one size, got {first[1]}x{first[0]} and {shape[1]}x{shape[0]}")
+            frame = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
+            if shape != size:
+                frame = F.interpolate(frame, size=size, mode="bicubic", align_corners=False, antialias=True)
+            frames.append(frame)
+        if not frames:
+            raise ValueError("the video has no frames that can be decoded")
+        return torch.cat(frames)
+
+    def _size(self, height: int, width: int, count: int) -> tuple[int, int]:
         config = self.config
-        count, _, height, width = frames.shape
         if min(height, width) < config.factor:
             grow = max(config.factor / height, config.factor / width)
             height, width = int(height * grow), int(width * grow)
-        size = smart_resize(
+        return smart_resize(
             height,
             width,
             factor=config.factor,
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,
-            # One frame is completed to two below, and counts as two here.
+            # One frame is completed to two later, and counts as two here.
             frames=max(count, config.temporal_patch_size),
             temporal_factor=config.temporal_patch_size,
         )
-        if size == tuple(frames.shape[2:]):
-            return frames
-        return F.interpolate(frames, size=size, mode="bicubic", align_corners=False, antialias=True)
-
-
-def _channels_first(images: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def _decode_file(path: Path, video: Video, sampling: SamplingConfig) -> tuple[torch.Tensor, list[int], float]:
-    import av
-
-    try:
-        total, fps = _probe(path)
-        indices = sample_indices(total, fps, video, sampling)
-        images, decoded = _decode_frames(path, indices)
-        if len(images) < len(indices):
-            # The container promised more frames than its stream holds.
-            if decoded == 0:
-                raise ValueError(f"{path}: the video has no frames that can be decoded")
-            indices = sample_indices(decoded, fps, video, sampling)
-            images, _ = _decode_frames(path, indices)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: not a video file that FFmpeg can read ({error})") from None
-    return _channels_first(images), indices, fps
 
 
 def _probe(path: Path) -> tuple[int, float]:
@@ -204,17 +209,15 @@ def _probe(path: Path) -> tuple[int, float]:
     return total, fps
 
 
-def _decode_frames(path: Path, indices: Sequence[int]) -> tuple[list[np.ndarray], int]:
-    """The frames at ``indices`` (ascending) as (H, W, 3) RGB, and how many frames were decoded to get there."""
+def _decode(path: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """The frames at ``indices`` (ascending) as (H, W, 3) RGB; fewer where the stream ends early."""
     import av
 
-    wanted, images, decoded = set(indices), [], 0
+    wanted = set(indices)
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "AUTO"
-        for frame in container.decode(video=0):
-            if decoded in wanted:
-                images.append(frame.to_ndarray(format="rgb24"))
-            decoded += 1
-            if decoded > indices[-1]:
-                break
-    return images, decoded
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                yield frame.to_ndarray(format="rgb24")
+            if index >= indices[-1]:
+                return

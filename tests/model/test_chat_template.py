@@ -177,6 +177,13 @@ def test_text_and_ids_equal_oracle(name, processor, oracle):
         assert torch.equal(tensor, wanted[key]), key
 
 
+def test_tool_calls_without_content(processor):
+    messages, keywords, expected = CONVERSATIONS["tool_calls"]
+    calls = {**messages[1], "content": None}
+    assert processor.apply_chat_template([messages[0], calls, *messages[2:]], **keywords) == expected
+    assert calls["content"] is None
+
+
 def test_template_is_rendered_as_the_oracle_renders_it(folder, tmp_path, oracle):
     source = (
         "{%- for m in messages %}\n    {%- if loop.index > 2 %}{% break %}{% endif %}\n"
@@ -215,7 +222,10 @@ def test_template_is_found_in_each_place(tmp_path):
     assert rendered() == "jinja"
 
 
-@pytest.mark.parametrize("source", ["{{ raise_exception('no') }}", "{{ messages.x.y }}", "{{ ''.__class__.__mro__ }}"])
+@pytest.mark.parametrize(
+    "source",
+    ["{{ raise_exception('no') }}", "{{ messages.x.y }}", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"],
+)
 def test_template_that_refuses(source, tmp_path):
     folder = write_checkpoint_files(tmp_path)
     (folder / "chat_template.jinja").write_text(source)

@@ -104,7 +104,7 @@ def test_transparent_colour_equals_oracle(mode, small):
 
 
 @pytest.mark.parametrize(
-    "shape", [(50, 70, 3), (3, 50, 70), (50, 70, 1), (1, 50, 70), (50, 70, 4), (4, 50, 70)], ids=str
+    "shape", [(50, 70, 3), (3, 50, 70), (50, 70, 1), (1, 50, 70), (50, 70, 4), (4, 50, 70), (3, 40, 3)], ids=str
 )
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_arrays_equal_oracle(kind, shape, small):

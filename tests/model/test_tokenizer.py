@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import build_tokenizer, write_checkpoint_files
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from qvl_model.tokenizer import Tokenizer
@@ -43,6 +45,16 @@ def test_stream_emits_text_as_soon_as_it_is_complete(tokenizer):
         held += emitted != text
     assert emitted == words
     assert held >= 3  # the emoji alone takes four tokens
+
+
+def test_stream_keeps_the_spaces_between_words():
+    """A decoder of SentencePiece's kind drops the space before the first word of what it is given."""
+    words = ["▁a", "▁dog", "s", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"]
+    words += ["<|image_pad|>", "<|video_pad|>"]
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="▁a"))
+    backend.decoder = decoders.Metaspace()
+    stream = Tokenizer(backend).stream_decoder()
+    assert [stream.put(i) for i in (0, 1, 2, 1, 0)] == ["a", " dog", "s", " dog", " a"]
 
 
 @pytest.mark.parametrize("skip", [True, False])

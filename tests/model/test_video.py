@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl import processing_qwen3_vl
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
 from qvl_model.processor import Processor
-from qvl_model.video import SamplingConfig, Video, VideoPreprocessor, frame_timestamps, sample_indices
+from qvl_model.video import SamplingConfig, Video, VideoPreprocessor, _probe, frame_timestamps, sample_indices
 
 PROMPT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens?<|im_end|>\n"
 
@@ -86,6 +86,7 @@ def test_file_equals_oracle_reading_it_with_pyav(suffix, ours, oracle, tmp_path)
     if suffix == "mp4":
         frames, metadata = read_video_pyav(str(path), lambda metadata, **kwargs: sampler(metadata))
     else:
+        assert _probe(path) == (45, 15.0)
         # Matroska does not say how many frames it has, and the oracle's reader then takes none: tell it.
         frames, metadata = read_video_pyav(
             str(path), lambda metadata, **kwargs: sampler(VideoMetadata(total_num_frames=45, fps=metadata.fps))
@@ -97,6 +98,21 @@ def test_file_equals_oracle_reading_it_with_pyav(suffix, ours, oracle, tmp_path)
     assert_same(ours(PROMPT, videos=[path]), expected)
     message = {"role": "user", "content": [{"type": "video", "video": str(path)}, {"type": "text", "text": "Well?"}]}
     assert torch.equal(ours.encode_chat([message]).pixel_values_videos, expected["pixel_values_videos"])
+
+
+def test_sampling_of_a_video_in_a_message(ours):
+    part = {"type": "video", "video": noise(60), "source_fps": 30.0}
+    for keys, expected in [
+        ({"fps": 4.0}, Video(part["video"], source_fps=30.0, fps=4.0)),
+        ({"num_frames": 6}, Video(part["video"], source_fps=30.0, num_frames=6)),
+        ({"sample": False}, Video(part["video"], source_fps=30.0, sample=False)),
+    ]:
+        got = ours.encode_chat([{"role": "user", "content": [{**part, **keys}]}])
+        wanted = ours.encode_chat([{"role": "user", "content": [{"type": "video"}]}], videos=[expected])
+        frames = {"fps": 8, "num_frames": 6, "sample": 60}[next(iter(keys))]
+        assert got.video_grid_thw.tolist() == [[frames // 2, 4, 6]]
+        assert torch.equal(got.input_ids, wanted.input_ids)
+        assert torch.equal(got.pixel_values_videos, wanted.pixel_values_videos)
 
 
 def write_video(path, frames, rate):
@@ -140,8 +156,8 @@ def test_num_frames_is_taken_evenly():
 
 
 def test_single_frame_is_completed_to_a_pair():
-    video = VideoPreprocessor()(noise(1))
-    assert video.grid[0] == 1
+    video = VideoPreprocessor()(noise(1, 128, 160))
+    assert video.grid == (1, 8, 10)
     assert video.timestamps == [0.0]
     patches = video.pixel_values.view(-1, 3, 2, 16, 16)
     assert torch.equal(patches[:, :, 0], patches[:, :, 1])
