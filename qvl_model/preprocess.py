@@ -13,7 +13,7 @@ same Pillow. Where we choose differently, and why:
 * EXIF orientation is applied to files and bytes, never to PIL images: both as there.
 
 Shapes: ``P`` patch_size, ``T`` temporal_patch_size, ``C`` = 3 channels, ``N`` patches of all images together.
-Source: Qwen3-VL technical report (2025), section 2; NaViT-style packing of Dehghani et al. (2023).
+Source: Qwen2-VL (Wang et al., 2024), section 2.1, naive dynamic resolution; Qwen3-VL keeps it with 16-pixel patches.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 An odd number of frames is completed by repeating the last one, in the patches and in the timestamps alike. Frames are
 resized by torch's uint8 bicubic with antialiasing, the kernel that ``transformers`` reaches through torchvision, and
-normalised in its order, (v - 255 mean) / (255 std) in float32.
+normalised in its order, (v - 255 mean) / (255 std) in float32. A video of one frame is taken too (there: an error).
 
 Source: Qwen3-VL technical report (2025), section 2 (text-based time alignment); the constants are those of the
 released ``video_preprocessor_config.json``.

@@ -12,7 +12,10 @@ from oracle import processor_oracle
 from PIL import Image
 from tiny_tokenizer import build_tokenizer, write_checkpoint_files
 
+from qvl_model.preprocess import ImagePreprocessor, PatchConfig
 from qvl_model.processor import PROCESSOR_FILES, Processor
+from qvl_model.tokenizer import Tokenizer
+from qvl_model.video import SamplingConfig, VideoPreprocessor
 
 IMG = "<|vision_start|><|image_pad|><|vision_end|>"
 VID = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -155,17 +158,29 @@ def test_placeholder_in_the_users_words_is_counted(processor):
         processor.encode_chat([{"role": "user", "content": [IMAGE, text("what is <|image_pad|>?")]}], [picture()])
 
 
-def test_saved_files_give_the_same_processor_here_and_there(tmp_path, processor, monkeypatch):
-    processor.save_pretrained(tmp_path / "saved")
+def other_numbers() -> Processor:
+    patches = PatchConfig(8, 3, 3, 1000, 90_000, (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
+    sampling = SamplingConfig(fps=6.0, min_frames=3, max_frames=7)
+    return Processor(
+        Tokenizer(build_tokenizer()), ImagePreprocessor(patches), VideoPreprocessor(patches, sampling), "{{ messages }}"
+    )
+
+
+@pytest.mark.parametrize("numbers", ["released", "other"])
+def test_saved_files_give_the_same_processor_here_and_there(numbers, tmp_path, processor, monkeypatch):
+    original = processor if numbers == "released" else other_numbers()
+    original.save_pretrained(tmp_path / "saved")
     again = Processor.from_pretrained(tmp_path / "saved")
     oracle = processor_oracle(tmp_path / "saved", monkeypatch)
-    assert again.chat_template == processor.chat_template
-    assert again.eos_token_ids == processor.eos_token_ids
-    assert again.image_preprocessor.config == processor.image_preprocessor.config
-    assert again.video_preprocessor.config == processor.video_preprocessor.config
-    wanted = oracle(text=[f"{IMG}{VID}Hello"], images=[picture()], videos=[clip()], return_tensors="pt")
-    for one in (processor, again):
-        for key, tensor in one(f"{IMG}{VID}Hello", [picture()], [clip()]).items():
+    assert again.chat_template == original.chat_template
+    assert again.eos_token_ids == original.eos_token_ids
+    assert again.image_preprocessor.config == original.image_preprocessor.config
+    assert again.video_preprocessor.config == original.video_preprocessor.config
+    assert again.video_preprocessor.sampling == original.video_preprocessor.sampling
+    prompt, images, videos = f"{IMG}{VID}Hello{VID}", [picture()], [clip(40), clip(5)]
+    wanted = oracle(text=[prompt], images=images, videos=videos, return_tensors="pt")
+    for one in (original, again):
+        for key, tensor in one(prompt, images, videos).items():
             assert torch.equal(tensor, wanted[key]), key
 
 
@@ -176,9 +191,12 @@ def test_files_as_newer_transformers_nest_them(tmp_path):
         for kind, name in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json"))
     }
     nested["image_processor"]["size"]["longest_edge"] = 70_000
+    nested["video_processor"]["size"]["longest_edge"] = 80_000
     (folder / "processor_config.json").write_text(json.dumps(nested))
     (folder / "preprocessor_config.json").unlink()
-    assert Processor.from_pretrained(folder).image_preprocessor.config.max_pixels == 70_000
+    processor = Processor.from_pretrained(folder)
+    assert processor.image_preprocessor.config.max_pixels == 70_000
+    assert processor.video_preprocessor.config.max_pixels == 80_000
 
 
 def test_bounds_replace_the_checkpoints(folder):
