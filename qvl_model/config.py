@@ -1,0 +1,348 @@
+"""The numbers of a Qwen3-VL: read from and written to the released `config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+MODEL_TYPE = "qwen3_vl"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be a Qwen3-VL; the message names the file and the field."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision encoder.
+
+    Attributes:
+        depth: number of blocks.
+        hidden_size, intermediate_size, num_heads: of every block.
+        patch_size, temporal_patch_size: a patch is temporal_patch_size x patch_size x patch_size pixels.
+        spatial_merge_size: m x m patches become one token of the text model.
+        out_hidden_size: the text model's hidden size.
+        num_position_embeddings: a square grid of learned positions, resampled to every image.
+        deepstack_visual_indexes: blocks whose output also enters the first text layers, one each.
+    """
+
+    depth: int = 24
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    out_hidden_size: int = 2048
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: tuple[int, ...] = (5, 11, 17)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model.
+
+    Attributes:
+        num_attention_heads, num_key_value_heads, head_dim: query heads Hq, key and value heads Hkv, their dimension D.
+        max_position_embeddings: longest sequence.
+        rope_theta: base of the rotary frequencies.
+        mrope_section: how many of the D / 2 frequencies belong to time, height and width.
+        attention_bias: whether the attention projections have biases (the released models have none).
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 262144
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5e6
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    attention_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig:
+    """A complete model: text, vision, and the ids of the tokens that stand for images and videos.
+
+    >>> Qwen3VLConfig.qwen3_vl_2b().text.num_hidden_layers
+    28
+    """
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = True
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def qwen3_vl_2b(cls) -> Qwen3VLConfig:
+        """The released Qwen3-VL-2B."""
+        return cls()
+
+    @classmethod
+    def full_capacity_2b(cls) -> Qwen3VLConfig:
+        """The 2B with 32 text layers and 32 query heads (8 key and value heads, head_dim 128)."""
+        return cls(text=replace(TextConfig(), num_hidden_layers=32, num_attention_heads=32))
+
+    @classmethod
+    def digits(cls, vocab_size: int = 512) -> Qwen3VLConfig:
+        """The shape of the small checkpoint that ships; its own `config.json` has the vocabulary and token ids."""
+        text = TextConfig(
+            vocab_size=vocab_size,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=4096,
+            rope_theta=1e4,
+            mrope_section=(6, 5, 5),
+        )
+        vision = VisionConfig(
+            depth=4,
+            hidden_size=128,
+            intermediate_size=384,
+            num_heads=4,
+            patch_size=16,
+            out_hidden_size=192,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=(1, 2),
+        )
+        return cls(text, vision, 5, 6, 3, 4, dtype="float32")
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Qwen3VLConfig:
+        """Reads a `config.json`, a folder that has one, or its parsed content.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ConfigError: it is not JSON, not a Qwen3-VL, or inconsistent; the message names the file and the field.
+        """
+        if isinstance(source, Mapping):
+            return _parse(source, "config")
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: must be a JSON object, got {type(content).__name__}")
+        return _parse(content, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the released `config.json`."""
+        text = {name: value for name, value in vars(self.text).items() if name not in ("rope_theta", "mrope_section")}
+        text |= {
+            "model_type": "qwen3_vl_text",
+            "hidden_act": "silu",
+            "rope_theta": self.text.rope_theta,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": list(self.text.mrope_section),
+                "rope_type": "default",
+            },
+        }
+        vision = {**vars(self.vision), "model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh"}
+        vision["deepstack_visual_indexes"] = list(self.vision.deepstack_visual_indexes)
+        return {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": MODEL_TYPE,
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_end_token_id": self.vision_end_token_id,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "dtype": self.dtype,
+            "text_config": text,
+            "vision_config": vision,
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes `config.json` in the released format."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def num_parameters(self) -> int:
+        """Number of parameters, computed from the shapes alone; a tied head counts once."""
+        return _text_parameters(self) + _vision_parameters(self.vision)
+
+
+def _text_parameters(config: Qwen3VLConfig) -> int:
+    c = config.text
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = c.hidden_size * (2 * queries + 2 * keys) + 2 * c.head_dim
+    if c.attention_bias:
+        attention += queries + 2 * keys + c.hidden_size
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    embeddings = c.vocab_size * c.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return embeddings + c.num_hidden_layers * layer + c.hidden_size
+
+
+def _vision_parameters(c: VisionConfig) -> int:
+    block = 4 * c.hidden_size * (c.hidden_size + 1) + 4 * c.hidden_size
+    block += 2 * c.hidden_size * c.intermediate_size + c.intermediate_size + c.hidden_size
+    merged = c.hidden_size * c.spatial_merge_size**2
+    products = merged * (merged + 1) + (merged + 1) * c.out_hidden_size
+    mergers = products + 2 * c.hidden_size + len(c.deepstack_visual_indexes) * (products + 2 * merged)
+    embeddings = c.hidden_size * (c.patch_dim + 1) + c.num_position_embeddings * c.hidden_size
+    return embeddings + c.depth * block + mergers
+
+
+def _parse(content: Mapping[str, Any], where: str) -> Qwen3VLConfig:
+    kind = content.get("model_type")
+    if kind != MODEL_TYPE:
+        raise ConfigError(f"{where}: model_type must be {MODEL_TYPE!r}, got {kind!r}")
+    text = _section(content, "text_config", where)
+    vision = _section(content, "vision_config", where)
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"{where}: text_config.rope_scaling.rope_type must be 'default', got {kind!r}")
+    if rope.get("mrope_interleaved", True) is not True:
+        raise ConfigError(f"{where}: text_config.rope_scaling.mrope_interleaved must be true")
+    extra = {"rope_theta": text.get("rope_theta", rope.get("rope_theta"))}
+    if "mrope_section" in rope:
+        extra["mrope_section"] = tuple(rope["mrope_section"])
+    for section, activation in ((text, "silu"), (vision, "gelu_pytorch_tanh")):
+        if section.get("hidden_act", activation) != activation:
+            raise ConfigError(f"{where}: hidden_act must be {activation!r}, got {section['hidden_act']!r}")
+    top = {
+        name: content[name]
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        if name in content
+    }
+    tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    dtype = content.get("dtype") or content.get("torch_dtype") or text.get("dtype") or "bfloat16"
+    try:
+        return Qwen3VLConfig(
+            text=_build(TextConfig, {**text, **extra}, f"{where}: text_config"),
+            vision=_build(VisionConfig, vision, f"{where}: vision_config"),
+            tie_word_embeddings=bool(tied),
+            dtype=str(dtype),
+            **top,
+        )
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
+
+
+def _section(content: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    section = content.get(name)
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: {name} is missing")
+    return section
+
+
+def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """The dataclass from the values of its fields: integers must be integers, all but `attention_bias` must be
+    there."""
+    chosen: dict[str, Any] = {}
+    for name, definition in kind.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        value = values.get(name)
+        if value is None:
+            if name in ("attention_bias", "mrope_section", "in_channels"):
+                continue
+            raise ConfigError(f"{where}.{name} is missing")
+        if definition.type == "int":
+            value = _integer(value, f"{where}.{name}")
+        elif definition.type == "float":
+            value = _number(value, f"{where}.{name}")
+        elif definition.type.startswith("tuple"):
+            if not isinstance(value, (list, tuple)):
+                raise ConfigError(f"{where}.{name} must be a list of integers, got {value!r}")
+            value = tuple(_integer(item, f"{where}.{name}") for item in value)
+        chosen[name] = value
+    return kind(**chosen)
+
+
+def _integer(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{where} must be a non-negative integer, got {value!r}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ConfigError(f"{where} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _check(config: Qwen3VLConfig) -> None:
+    """The relations between the numbers that the model relies on."""
+    text, vision = config.text, config.vision
+    side = round(vision.num_position_embeddings**0.5)
+    layers = range(vision.depth)
+    rules = [
+        (
+            min(text.num_attention_heads, text.num_key_value_heads, text.head_dim, text.vocab_size) > 0,
+            "text_config",
+            "has a size of 0",
+        ),
+        (
+            text.num_key_value_heads > 0 and text.num_attention_heads % text.num_key_value_heads == 0,
+            "text_config.num_attention_heads",
+            f"({text.num_attention_heads}) must be a multiple of num_key_value_heads ({text.num_key_value_heads})",
+        ),
+        (
+            len(text.mrope_section) == 3 and 2 * sum(text.mrope_section) == text.head_dim,
+            "text_config.rope_scaling.mrope_section",
+            f"{list(text.mrope_section)} must be three numbers whose sum is half of head_dim ({text.head_dim})",
+        ),
+        (
+            vision.num_heads > 0 and vision.hidden_size % (4 * vision.num_heads) == 0,
+            "vision_config.hidden_size",
+            f"({vision.hidden_size}) must be a multiple of 4 num_heads ({vision.num_heads})",
+        ),
+        (
+            side > 0 and side * side == vision.num_position_embeddings,
+            "vision_config.num_position_embeddings",
+            f"({vision.num_position_embeddings}) must be a square",
+        ),
+        (
+            vision.out_hidden_size == text.hidden_size,
+            "vision_config.out_hidden_size",
+            f"({vision.out_hidden_size}) must be text_config.hidden_size ({text.hidden_size})",
+        ),
+        (
+            all(index in layers for index in vision.deepstack_visual_indexes)
+            and len(set(vision.deepstack_visual_indexes)) == len(vision.deepstack_visual_indexes),
+            "vision_config.deepstack_visual_indexes",
+            f"{list(vision.deepstack_visual_indexes)} must be different blocks below depth ({vision.depth})",
+        ),
+        (
+            len(vision.deepstack_visual_indexes) <= text.num_hidden_layers,
+            "vision_config.deepstack_visual_indexes",
+            f"has more entries than there are text layers ({text.num_hidden_layers})",
+        ),
+    ]
+    for holds, name, problem in rules:
+        if not holds:
+            raise ConfigError(f"{name} {problem}")

@@ -1,0 +1,65 @@
+"""The small layers that vision and text share, on the operations of qvl_kernels."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from qvl_kernels import gelu_tanh, layer_norm, rms_norm, swiglu
+
+
+class RMSNorm(nn.Module):
+    """y = h / rms(h) * weight with h = x, or x + residual, which then comes back too: (y, h)."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, self.eps, residual)  # type: ignore[call-overload, no-any-return]
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean) / std * weight + bias over the last dimension, eps 1e-6 as in every Qwen3-VL."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, 1e-6)
+
+
+class SwiGLU(nn.Module):
+    """y = down(silu(gate(x)) * up(x)), the text model's feed-forward layer."""
+
+    def __init__(self, channels: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(channels, intermediate, bias=False)
+        self.up_proj = nn.Linear(channels, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class GeluMLP(nn.Module):
+    """y = fc2(gelu_tanh(fc1(x))), the vision encoder's feed-forward layer."""
+
+    def __init__(self, channels: int, intermediate: int) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(channels, intermediate)
+        self.linear_fc2 = nn.Linear(intermediate, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(gelu_tanh(self.linear_fc1(x)))

@@ -1,0 +1,339 @@
+"""Qwen3-VL: images, videos and text to logits. Parameter names are the released checkpoint's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import fusion as fusions
+from .attention import Step, kinds_of_layers
+from .cache import KVCache
+from .config import Qwen3VLConfig
+from .fusion import DeepStack
+from .positions import position_ids as compute_position_ids
+from .positions import text_rope
+from .text import TextModel
+from .vision import VisionModel
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A prompt ready for the text model, every row's tokens in its first places, padding behind them.
+
+    Attributes:
+        embeds: (B, L, C).
+        position_ids: (3, B, L).
+        rope_deltas: (B,) the token after n tokens of a row stands at position n + delta.
+        lengths: (B,) tokens of each row.
+        deepstack: visual features for the first text layers, or None.
+        order: (B, L) the column of the original `input_ids` that each place came from, or None where nothing moved.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    rope_deltas: Tensor
+    lengths: Tensor
+    deepstack: DeepStack | None = None
+    order: Tensor | None = None
+
+    def slice(self, start: int, stop: int) -> Inputs:
+        """The places start to stop of every row, for a prompt that is computed in chunks."""
+        stop = min(stop, self.embeds.shape[1])
+        return Inputs(
+            self.embeds[:, start:stop],
+            self.position_ids[:, :, start:stop],
+            self.rope_deltas,
+            (self.lengths - start).clamp(0, stop - start),
+            fusions.slice_features(self.deepstack, start, stop),
+        )
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Attributes:
+    logits: (B, L or logits_to_keep, vocabulary).
+    hidden: (B, L, C) the normalised hidden states they were made of.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class _Backbone(nn.Module):
+    """`model.` of the released names."""
+
+    def __init__(self, config: Qwen3VLConfig) -> None:
+        super().__init__()
+        self.visual = VisionModel(config.vision)
+        self.language_model = TextModel(config.text)
+
+
+class Qwen3VL(nn.Module):
+    """The complete model.
+
+    Args:
+        config: its numbers.
+        attention: "fused" for all layers, or one name per text layer.
+        fusion: "deepstack".
+        dtype: of the parameters; None is torch's default.
+
+    The parameters are random (normal, 0.02) unless the model is built under `torch.device("meta")`; `from_pretrained`
+    loads a checkpoint.
+
+    >>> model = Qwen3VL(Qwen3VLConfig.digits())
+    >>> model(torch.tensor([[1, 2, 7]])).logits.shape
+    torch.Size([1, 3, 512])
+
+    Source: Bai et al., Qwen3-VL technical report, 2025.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        *,
+        attention: str | Sequence[str] = "fused",
+        fusion: str = "deepstack",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = kinds_of_layers(attention, config.text.num_hidden_layers)
+        self.fusion = fusions.check_kind(fusion)
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            self.model = _Backbone(config)
+            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.to(dtype or torch.get_default_dtype())
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self._initialise()
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes a tied head the embedding matrix itself; after either was replaced, do it again."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.embed_tokens.weight.device
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """In training, keep only the inputs of every block and compute it again in the backward pass."""
+        self.model.visual.gradient_checkpointing = enabled
+        self.model.language_model.gradient_checkpointing = enabled
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of the model's dtype on its device."""
+        return KVCache(self.config.text, batch, capacity, self.dtype, self.device)
+
+    def embed_inputs(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Inputs:
+        """Token ids, images and videos to `Inputs`; a step that continues a cache stands behind what the cache has.
+
+        Args:
+            input_ids: (B, L) with one placeholder per merged visual token.
+            attention_mask: (B, L), zero at padding on either side; of a longer one, a cache's, the last L columns
+                count.
+            pixel_values, pixel_values_videos: (patches, patch_dim) of all images and all videos.
+            image_grid_thw, video_grid_thw: (images, 3), (videos, 3) patches in time, height, width.
+            position_ids: (3, B, L), or None to compute them.
+            cache: the cache that will be continued.
+
+        Raises:
+            ValueError: shapes or placeholder counts do not match, an id is outside the vocabulary, or a row is longer
+                than the model's positions; the message has the numbers.
+        """
+        self._check_ids(input_ids)
+        for pixels, grid, name in (
+            (pixel_values, image_grid_thw, "image_grid_thw"),
+            (pixel_values_videos, video_grid_thw, "video_grid_thw"),
+        ):
+            if (pixels is None) != (grid is None):
+                raise ValueError(f"pixel values and {name} must be given together")
+        input_ids, position_ids, lengths, order = _left_aligned(input_ids, attention_mask, position_ids)
+        embeds = self.model.language_model.embed_tokens(input_ids)
+        if cache is not None and input_ids.shape[1] == 1 and cache.lengths.all():
+            # A token just generated is text, even if the model chose a placeholder.
+            placeholder_ids = torch.full_like(input_ids, -1)
+        else:
+            inside = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            placeholder_ids = input_ids.where(inside, -1)
+        image_mask = placeholder_ids == self.config.image_token_id
+        video_mask = placeholder_ids == self.config.video_token_id
+        embeds, image = self._place(embeds, image_mask, pixel_values, image_grid_thw, "image")
+        embeds, video = self._place(embeds, video_mask, pixel_values_videos, video_grid_thw, "video")
+        if position_ids is None:
+            position_ids, deltas = compute_position_ids(
+                self.config, placeholder_ids, lengths, image_grid_thw, video_grid_thw
+            )
+        else:
+            deltas = position_ids.amax((0, 2)) + 1 - lengths
+        if cache is not None:
+            before = (cache.lengths + cache.rope_deltas).to(position_ids.device)
+            position_ids = position_ids + before[:, None]
+            deltas = deltas + cache.rope_deltas.to(deltas.device)
+        return Inputs(embeds, position_ids, deltas, lengths, fusions.merge(image_mask, image, video_mask, video), order)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must have shape (B, L) with at least one token, got {tuple(input_ids.shape)}")
+        if input_ids.device.type == "cpu":
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= self.config.text.vocab_size:
+                raise ValueError(f"input_ids must lie in [0, {self.config.text.vocab_size}), got {low} to {high}")
+
+    def _place(
+        self, embeds: Tensor, where: Tensor, pixels: Tensor | None, grid: Tensor | None, what: str
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if pixels is None or grid is None:
+            if where.any():
+                raise ValueError(f"input_ids has {int(where.sum())} {what} placeholders, but no {what} is given")
+            return embeds, ()
+        features, deepstack = self.model.visual(pixels, grid)
+        return fusions.place(embeds, where, features, what), deepstack
+
+    def forward_embeds(self, inputs: Inputs, *, cache: KVCache | None = None, logits_to_keep: int = 0) -> ModelOutput:
+        """Logits of every place, or of the last `logits_to_keep` tokens of every row, (B, logits_to_keep, V).
+
+        Raises:
+            ValueError: the cache is too small, or a row would be longer than the model's positions.
+        """
+        hidden = self._hidden(inputs, cache)
+        if logits_to_keep:
+            last = (inputs.lengths[:, None] - torch.arange(logits_to_keep, 0, -1, device=inputs.lengths.device)).clamp(
+                min=0
+            )
+            kept = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))
+            return ModelOutput(self.lm_head(kept), hidden)
+        return ModelOutput(self.lm_head(hidden), hidden)
+
+    def _hidden(self, inputs: Inputs, cache: KVCache | None) -> Tensor:
+        tokens = inputs.embeds.shape[1]
+        longest = int(inputs.lengths.max()) + (int(cache.lengths.max()) if cache is not None else 0)
+        limit = self.config.text.max_position_embeddings
+        if longest > limit:
+            raise ValueError(f"the prompt has {longest} tokens, the model has {limit} positions")
+        key_lengths = None if cache is None else cache.begin(tokens)
+        step = Step(text_rope(self.config.text, inputs.position_ids), cache, key_lengths)
+        hidden = self.model.language_model(inputs.embeds, step, inputs.deepstack)
+        if cache is not None:
+            cache.advance(inputs.lengths)
+            cache.rope_deltas = inputs.rope_deltas.cpu()
+        return hidden
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> ModelOutput:
+        """Logits (B, L, V) of every token, in the order of `input_ids`, or (B, logits_to_keep, V) of the last columns.
+
+        Arguments as in `embed_inputs`, which are those that a processor makes. Without gradients and with a cache, the
+        next call may go on with the next tokens alone. What stands at padding is not defined.
+        """
+        inputs = self.embed_inputs(
+            input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            position_ids=position_ids,
+            cache=cache,
+        )
+        hidden = self._hidden(inputs, cache)
+        if inputs.order is not None:
+            back = inputs.order.argsort(dim=1)
+            hidden = hidden.gather(1, back[:, :, None].expand_as(hidden))
+        return ModelOutput(self.lm_head(hidden[:, -logits_to_keep:]), hidden)
+
+    def embed(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """(B, C) unit vectors: the hidden state of each row's last token, normalised; arguments as in
+        `embed_inputs`."""
+        prepared = self.embed_inputs(input_ids, **inputs)
+        hidden = self._hidden(prepared, None)
+        last = (prepared.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return F.normalize(hidden.gather(1, last)[:, 0].float(), dim=-1)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **options: Any) -> Qwen3VL:
+        """A checkpoint from a local folder or the hub; see `qvl_model.weights.load_pretrained` for the options."""
+        from .weights import load_pretrained
+
+        return load_pretrained(cls, path_or_repo, **options)
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """(B, L + new) token ids; see `qvl_model.generation.generate` for the options."""
+        from .generation import generate
+
+        return generate(self, input_ids, **options)
+
+    def chat(
+        self, messages: Sequence[Any], images: Any = None, videos: Any = None, **options: Any
+    ) -> str | Iterator[str]:
+        """The answer to a conversation; see `qvl_model.generation.chat` for the options."""
+        from .generation import chat
+
+        return chat(self, messages, images, videos, **options)
+
+
+def _left_aligned(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Moves every row's tokens to its first places, so that padding is behind them and causality hides it.
+
+    Returns ids, positions, lengths (B,) and the order (B, L) that was applied, None where nothing moved.
+    """
+    batch, tokens = input_ids.shape
+    if attention_mask is None or bool(attention_mask[:, -tokens:].all()):
+        return input_ids, position_ids, torch.full((batch,), tokens, device=input_ids.device), None
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
+        raise ValueError(f"attention_mask must have shape {(batch, tokens)}, got {tuple(attention_mask.shape)}")
+    mask = attention_mask[:, -tokens:].bool()
+    lengths = mask.sum(1)
+    if not lengths.all():
+        raise ValueError(f"attention_mask hides every token of row {int(lengths.argmin())}")
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    ids = input_ids.gather(1, order)
+    if position_ids is not None:
+        position_ids = position_ids.gather(2, order.expand(3, -1, -1))
+    return ids, position_ids, lengths, order

@@ -1,0 +1,91 @@
+"""The language model: token embeddings through decoder layers to normalised hidden states.
+
+Shapes: B rows, L tokens, C hidden channels, Hq query heads, Hkv key and value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qvl_kernels import attention, rotary
+
+from .attention import Step
+from .config import TextConfig
+from .fusion import DeepStack
+from .layers import RMSNorm, SwiGLU
+
+
+class TextAttention(nn.Module):
+    """Causal grouped-query attention with RMSNorm over each head's query and key, then M-RoPE."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        query, key = rotary(query, key, *step.rope)
+        if step.cache is not None:
+            key, value = step.cache.append(self.layer, key, value)
+        out = attention(query, key, value, causal=True, key_lengths=step.key_lengths)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class TextLayer(nn.Module):
+    """h += attention(norm(h)), h += mlp(norm(h)); the additions are fused into the norms that follow them.
+
+    So a layer takes and gives a pair (x, residual) whose sum is the hidden state h.
+    """
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = TextAttention(config, layer)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            y, residual = self.input_layernorm(x), x
+        else:
+            y, residual = self.input_layernorm(x, residual)
+        y, residual = self.post_attention_layernorm(self.self_attn(y, step), residual)
+        return self.mlp(y), residual
+
+
+class TextModel(nn.Module):
+    """Embeddings (B, L, C) to the last layer's normalised hidden states (B, L, C).
+
+    Source: Yang et al., Qwen3 technical report, 2025, section 2; Bai et al., Qwen3-VL technical report, 2025, section
+    2.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TextLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeds: Tensor, step: Step, deepstack: DeepStack | None = None) -> Tensor:
+        x, residual = embeds, None
+        for number, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training:
+                x, residual = checkpoint(layer, x, residual, step, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, step)
+            if deepstack is not None:
+                residual = deepstack.inject(residual, number)
+        return self.norm(x, residual)[0] if residual is not None else self.norm(x)

@@ -1,0 +1,147 @@
+"""The vision encoder: patches of images and video frames to features for the text model.
+
+Shapes: P patches of all images together, C hidden channels, M = P / merge^2 merged tokens, Ct channels of the text
+model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qvl_kernels import attention_varlen, rotary
+
+from .config import VisionConfig
+from .layers import GeluMLP, LayerNorm
+from .positions import interpolation, patch_positions, patch_rope
+
+
+class _ConvWeight(nn.Module):
+    """The weight of the released checkpoint's Conv3d, whose stride is its kernel: a matrix over flattened patches."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *kernel))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """(P, channels * time * height * width of a patch) -> (P, C), one matrix product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = _ConvWeight(config)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches.to(self.proj.weight.dtype))
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention within each frame: one call over the packed patches of all of them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        query, key, value = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        query, key = rotary(query, key, *rope)
+        return self.proj(attention_varlen(query, key, value, offsets, offsets).flatten(1))
+
+
+class VisionBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.hidden_size)
+        self.norm2 = LayerNorm(config.hidden_size)
+        self.attn = VisionAttention(config)
+        self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.norm1(x), offsets, rope)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """(P, C) -> (M, Ct): merge^2 neighbouring patches, which follow each other, become one token.
+
+    The last merger normalises patches before they are merged, the DeepStack mergers normalise merged ones (`after`).
+    """
+
+    def __init__(self, config: VisionConfig, after: bool) -> None:
+        super().__init__()
+        self.after = after
+        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.norm = LayerNorm(self.merged if after else config.hidden_size)
+        self.linear_fc1 = nn.Linear(self.merged, self.merged)
+        self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.reshape(-1, self.merged)) if self.after else self.norm(x).reshape(-1, self.merged)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class VisionModel(nn.Module):
+    """Patches and their grids to merged features, and the DeepStack features of earlier blocks.
+
+    Source: Bai et al., Qwen3-VL technical report, 2025, section 2; DeepStack: Meng et al., 2024, section 3.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config, after=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            PatchMerger(config, after=True) for _ in config.deepstack_visual_indexes
+        )
+
+    def forward(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Args:
+            patches: (P, patch_dim) normalised pixels, blocks of merge x merge patches together.
+            grid_thw: (images, 3) patches in time, height and width of each image or video.
+
+        Returns:
+            (M, Ct) features and, for each entry of `deepstack_visual_indexes`, (M, Ct) features of that block.
+
+        Raises:
+            ValueError: the number or size of the patches does not fit the grids.
+        """
+        config = self.config
+        expected = (int(grid_thw.prod(-1).sum()), config.patch_dim)
+        if tuple(patches.shape) != expected:
+            raise ValueError(
+                f"pixel_values must have shape {expected} for grids {grid_thw.tolist()}, got {tuple(patches.shape)}"
+            )
+        if (grid_thw[:, 1:] % config.spatial_merge_size).any():
+            raise ValueError(f"grids {grid_thw.tolist()} must be multiples of {config.spatial_merge_size} patches")
+        positions = patch_positions(grid_thw, config.spatial_merge_size)
+        index, weight = interpolation(config, grid_thw, positions)
+        x = self.patch_embed(patches)
+        x = x + (self.pos_embed(index) * weight[..., None]).sum(1).to(x.dtype)
+        rope = patch_rope(config, positions)
+        frames = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
+        offsets = F.pad(frames.cumsum(0), (1, 0))
+
+        deepstack: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, offsets, rope, use_reentrant=False)
+            else:
+                x = block(x, offsets, rope)
+            if number in config.deepstack_visual_indexes:
+                deepstack[number] = self.deepstack_merger_list[config.deepstack_visual_indexes.index(number)](x)
+        return self.merger(x), tuple(deepstack[number] for number in sorted(deepstack))
