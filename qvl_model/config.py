@@ -128,9 +128,9 @@ class Qwen3VLConfig:
             hidden_size=128,
             intermediate_size=384,
             num_heads=4,
-            patch_size=16,
+            patch_size=8,
             out_hidden_size=192,
-            num_position_embeddings=64,
+            num_position_embeddings=144,
             deepstack_visual_indexes=(1, 2),
         )
         return cls(text, vision, 5, 6, 3, 4, dtype="float32")

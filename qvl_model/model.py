@@ -229,7 +229,7 @@ class Qwen3VL(nn.Module):
         Raises:
             ValueError: the cache is too small, or a row would be longer than the model's positions.
         """
-        hidden = self._hidden(inputs, cache)
+        hidden = self.hidden_states(inputs, cache)
         if logits_to_keep:
             last = (inputs.lengths[:, None] - torch.arange(logits_to_keep, 0, -1, device=inputs.lengths.device)).clamp(
                 min=0
@@ -238,7 +238,8 @@ class Qwen3VL(nn.Module):
             return ModelOutput(self.lm_head(kept), hidden)
         return ModelOutput(self.lm_head(hidden), hidden)
 
-    def _hidden(self, inputs: Inputs, cache: KVCache | None) -> Tensor:
+    def hidden_states(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
+        """(B, L, C) normalised hidden states, what the head turns into logits. Errors as in `forward_embeds`."""
         tokens = inputs.embeds.shape[1]
         longest = int(inputs.lengths.max()) + (int(cache.lengths.max()) if cache is not None else 0)
         limit = self.config.text.max_position_embeddings
@@ -280,7 +281,7 @@ class Qwen3VL(nn.Module):
             position_ids=position_ids,
             cache=cache,
         )
-        hidden = self._hidden(inputs, cache)
+        hidden = self.hidden_states(inputs, cache)
         if inputs.order is not None:
             back = inputs.order.argsort(dim=1)
             hidden = hidden.gather(1, back[:, :, None].expand_as(hidden))
@@ -290,7 +291,7 @@ class Qwen3VL(nn.Module):
         """(B, C) unit vectors: the hidden state of each row's last token, normalised; arguments as in
         `embed_inputs`."""
         prepared = self.embed_inputs(input_ids, **inputs)
-        hidden = self._hidden(prepared, None)
+        hidden = self.hidden_states(prepared)
         last = (prepared.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return F.normalize(hidden.gather(1, last)[:, 0].float(), dim=-1)
 
