@@ -1,0 +1,322 @@
+"""Checkpoints on disk <-> modules: safetensors, single or sharded, mapped into memory instead of copied.
+
+A parameter whose dtype on disk is the wanted one *is* the file's page-cache pages (a private mapping): nothing is read
+before it is used, the kernel may drop the pages again, and writing to such a parameter never reaches the file. Other
+parameters are converted one at a time. Everything is checked (headers, shards, names, shapes) before the first
+parameter is assigned, so a bad checkpoint never leaves a half-loaded model behind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import Qwen3VLConfig
+from .memory import available_memory, parse_bytes, pick_device
+
+if TYPE_CHECKING:
+    from .model import Qwen3VL
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_BYTES = {
+    name: size
+    for size, names in {
+        8: ("F64", "I64", "U64"),
+        4: ("F32", "I32", "U32"),
+        2: ("F16", "BF16", "I16", "U16"),
+        1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+    }.items()
+    for name in names
+}
+_MAX_HEADER_BYTES = 100_000_000
+
+Model = TypeVar("Model", bound="Qwen3VL")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be loaded; the message names the file and, where there is one, the tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, its dtype as safetensors writes it ("BF16") and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Names, dtypes and shapes of a safetensors file, checked against its size without reading any data.
+
+    Layout: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
+    Raises CheckpointError naming the file (and tensor) for whatever does not add up.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{file}: truncated, {size} bytes are too few for a safetensors header")
+        length = struct.unpack("<Q", prefix)[0]
+        if length > size - 8 or length > _MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file}: the header claims {length} bytes but the file has {size}: "
+                "truncated, or not a safetensors file"
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: the safetensors header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the safetensors header is not a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _checked_entry(file, name, entry, size - 8 - length) for name, entry in header.items()}
+
+
+def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> StoredTensor:
+    where = f"{file}: tensor {name!r}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{where}: the header must give dtype, shape and two data_offsets, got {entry}") from None
+    if dtype not in _DTYPE_BYTES:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise CheckpointError(f"{where}: shape and data_offsets must be whole numbers >= 0, got {entry}")
+    tensor = StoredTensor(file, dtype, shape)
+    if end > data_bytes:
+        raise CheckpointError(
+            f"{where}: lies at bytes {begin}:{end} of the data but the file has {data_bytes}: truncated"
+        )
+    if end - begin != tensor.nbytes:
+        raise CheckpointError(
+            f"{where}: shape {shape} in {dtype} takes {tensor.nbytes} bytes, the header gives it {end - begin}"
+        )
+    return tensor
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint in `folder`, from `model.safetensors` or the shards of its index."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return read_header(folder / WEIGHTS_NAME)
+    index_file = folder / INDEX_NAME
+    if not index_file.is_file():
+        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.gguf"))
+        hint = f" ({other[0]} is not safetensors, the only format read)" if other else ""
+        raise FileNotFoundError(f"{folder}: holds neither {WEIGHTS_NAME} nor {INDEX_NAME}{hint}")
+    try:
+        shard_of = json.loads(index_file.read_text("utf-8"))["weight_map"]
+        shards = {shard: folder / shard for shard in sorted(set(shard_of.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_file}: must be a JSON object with a weight_map ({error})") from None
+    stored: dict[str, dict[str, StoredTensor]] = {}
+    for shard, file in shards.items():
+        if os.path.dirname(shard):
+            raise CheckpointError(f"{index_file}: a shard must lie in the checkpoint's folder, got {shard!r}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing shard, named by {INDEX_NAME}")
+        stored[shard] = read_header(file)
+    for name, shard in shard_of.items():
+        if name not in stored[shard]:
+            raise CheckpointError(f"{shards[shard]}: tensor {name!r} is missing, {INDEX_NAME} says it is here")
+    return {name: tensor for tensors in stored.values() for name, tensor in tensors.items()}
+
+
+def check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, folder: Path) -> None:
+    """Raises CheckpointError unless `stored` holds exactly what `model` needs, in the model's shapes.
+
+    Of names that share one parameter (a tied head) at least one must be stored.
+    """
+    groups = _parameter_groups(model)
+    missing = [names[0] for names, _ in groups if not any(name in stored for name in names)]
+    if missing:
+        raise CheckpointError(f"{folder}: {_some(missing)} missing from the checkpoint; config.json asks for them")
+    known = {name for names, _ in groups for name in names}
+    unexpected = [name for name in stored if name not in known]
+    if unexpected:
+        file = stored[unexpected[0]].file
+        raise CheckpointError(
+            f"{file}: {_some(unexpected)} not expected: the model of config.json has none of that name"
+        )
+    for names, tensor in groups:
+        for name in names:
+            found = stored.get(name)
+            if found is None:
+                continue
+            if found.shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{found.file}: tensor {name!r} has shape {found.shape}, config.json asks for {tuple(tensor.shape)}"
+                )
+            if found.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{found.file}: tensor {name!r} is stored as {found.dtype}; float32, bfloat16, float16 can be read"
+                )
+
+
+def _parameter_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """The parameters of `model`, each with every name that it goes by (two for a tied head)."""
+    groups: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(groups.values())
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more are" if len(names) > 3 else " is" if len(names) == 1 else " are"
+    return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(repr(name) for name in names[:3]) + more
+
+
+def assign_tensors(
+    model: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Gives `model` (built on the meta device) its parameters: the mapped pages where dtype and device match, else
+    converted."""
+    by_stored_name = {next(name for name in names if name in stored): names for names, _ in _parameter_groups(model)}
+    for file in sorted({stored[name].file for name in by_stored_name}):
+        for name, tensor in _read(file, [n for n in by_stored_name if stored[n].file == file]):
+            # .to() returns the same tensor, hence the same pages, where there is nothing to convert.
+            _assign(model, by_stored_name[name], tensor.to(device=device, dtype=dtype))
+
+
+def _read(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    name = None
+    try:
+        with safe_open(file, framework="pt", device="cpu") as mapped:
+            for name in names:
+                yield name, mapped.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: {f'tensor {name!r}: ' if name else ''}{error}") from None
+
+
+def _assign(model: nn.Module, names: Iterable[str], value: Tensor) -> None:
+    parameter = nn.Parameter(value)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, parameter)
+
+
+def check_format(weights: str) -> None:
+    """Raises ValueError, naming the formats that exist, unless `weights` is one of them or "auto"."""
+    if weights != "auto" and weights not in FORMATS:
+        problem = "does not exist yet" if weights in ("int8", "int4") else "is no weight format"
+        raise ValueError(f"weights={weights!r} {problem}; there are auto, {', '.join(FORMATS)}")
+
+
+def choose_dtype(stored: Iterable[StoredTensor], weights: str, budget: int) -> torch.dtype:
+    """The parameters' dtype: as asked, or for "auto" the checkpoint's own, or bf16 where fp32 exceeds `budget` bytes.
+
+    Raises MemoryError where the parameters exceed `budget` in any case.
+    """
+    tensors = list(stored)
+    count = sum(math.prod(t.shape) for t in tensors)
+    if weights == "auto":
+        by_dtype = {name: sum(math.prod(t.shape) for t in tensors if t.dtype == name) for name in _DTYPES}
+        dtype = _DTYPES[max(by_dtype, key=lambda name: by_dtype[name])]
+        if dtype.itemsize * count > budget and dtype.itemsize > 2:
+            dtype = torch.bfloat16
+    else:
+        dtype = FORMATS[weights]
+    if dtype.itemsize * count > budget:
+        hint = "" if dtype.itemsize == 2 else "; weights='bf16' takes half"
+        raise MemoryError(
+            f"the weights take {dtype.itemsize * count / 2**30:.2f} GiB, {budget / 2**30:.2f} GiB may be used{hint}"
+        )
+    return dtype
+
+
+def load_pretrained(
+    cls: type[Model],
+    path_or_repo: str | os.PathLike[str],
+    *,
+    weights: str = "auto",
+    attention: str | Sequence[str] = "fused",
+    fusion: str = "deepstack",
+    device: str | torch.device = "auto",
+    max_memory: int | str | None = None,
+) -> Model:
+    """The model of a checkpoint in the released format (config.json and safetensors), in eval mode.
+
+    Args:
+        path_or_repo: a local folder, or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
+        weights: "fp32", "bf16", or "auto": the checkpoint's own dtype, bf16 where fp32 would exceed `max_memory`.
+        attention, fusion: of `Qwen3VL`.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        max_memory: bytes (or "12GB") that the weights may take; by default what the device has free.
+
+    The model is complete or there is none. Parameters whose dtype is the stored one are mapped, not copied.
+
+    Raises:
+        FileNotFoundError: no such folder, file, shard, or hub repository.
+        CheckpointError, ConfigError: the message names the file and the tensor or field.
+        MemoryError: the weights exceed `max_memory` even in bf16.
+    """
+    from .processor import PROCESSOR_FILES, find_folder  # with it come tokenizers, jinja2 and pillow
+
+    check_format(weights)
+    folder = find_folder(os.fspath(path_or_repo), (*PROCESSOR_FILES, "*.safetensors", INDEX_NAME))
+    config = Qwen3VLConfig.from_json(folder / CONFIG_NAME)
+    stored = list_tensors(folder)
+    with torch.device("meta"):
+        model = cls(config, attention=attention, fusion=fusion)
+    check_tensors(stored, model, folder)
+    target = pick_device(device, sum(tensor.nbytes for tensor in stored.values()))
+    budget = available_memory(target) if max_memory is None else parse_bytes(max_memory)
+    dtype = choose_dtype(stored.values(), weights, budget)
+    assign_tensors(model, stored, dtype, target)
+    model.processor_source = str(folder)  # type: ignore[assignment]  # where `chat` finds the tokenizer
+    return model.eval()
+
+
+def save_pretrained(model: Qwen3VL, folder: str | os.PathLike[str]) -> None:
+    """Writes `config.json` and `model.safetensors` in the released format; a tied head is left out.
+
+    Each file is written under a temporary name and then renamed, so a reader, or a crash, never meets half a file.
+
+    Raises:
+        OSError: the folder cannot be written; the message names it.
+    """
+    folder = Path(folder)
+    config = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
+    tensors = {names[0]: tensor.detach().contiguous() for names, tensor in _parameter_groups(model)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_then_rename(folder / WEIGHTS_NAME, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        _write_then_rename(folder / CONFIG_NAME, config.to_json)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{folder}: the checkpoint cannot be written here ({reason})") from error
+
+
+def _write_then_rename(file: Path, write: Callable[[Path], None]) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would lock out everybody else who uses the checkpoint
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
