@@ -200,6 +200,8 @@ class Qwen3VL(nn.Module):
         else:
             deltas = position_ids.amax((0, 2)) + 1 - lengths
         if cache is not None:
+            if cache.batch != input_ids.shape[0]:
+                raise ValueError(f"the cache has {cache.batch} rows, the input has {input_ids.shape[0]}")
             before = (cache.lengths + cache.rope_deltas).to(position_ids.device)
             position_ids = position_ids + before[:, None]
             deltas = deltas + cache.rope_deltas.to(deltas.device)
