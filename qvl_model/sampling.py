@@ -138,6 +138,12 @@ class Sampler:
             self.seen.scatter_(1, token[:, None], True)
         return token
 
+    def select(self, rows: list[int]) -> None:
+        """Keeps these rows, in this order, with what they have said and drawn so far."""
+        self.generators = [self.generators[row] for row in rows] if self.generators else []
+        if self.seen is not None:
+            self.seen = self.seen[rows]
+
 
 def _row_generators(seed: int | Sequence[int] | None, rows: int, device: torch.device) -> list[torch.Generator]:
     if seed is None:
