@@ -24,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = (
     "-std=c++17 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra"
-    " -Wno-missing-field-initializers -Wno-uninitialized -Wno-maybe-uninitialized"  # the latter two: gcc 12 warns about its own intrinsics
+    " -Wno-missing-field-initializers"
+    " -Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns about its own intrinsics
 )
 ISA_FLAGS = {
     "_cpu_avx2": "-mavx2 -mfma -mf16c",

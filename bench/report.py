@@ -18,7 +18,8 @@ def section(path: str) -> str:
     facts = content["machine"]
     head = (
         f"{facts['cpu']}, {facts['threads']} threads, {facts['capability']}, torch {facts['torch']}, "
-        f"commit {facts['commit']}; roofs in the same run: {facts['read_gbytes']} GB/s read, {facts['fma_gflops']} GFLOP/s float32."
+        f"commit {facts['commit']}; roofs in the same run: {facts['read_gbytes']} GB/s read, "
+        f"{facts['fma_gflops']} GFLOP/s float32."
     )
     return head + "\n\n" + table([Row(**row) for row in content["rows"]])
 
