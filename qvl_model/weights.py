@@ -12,8 +12,7 @@ import json
 import math
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Qwen3VLConfig
+from .files import write_then_rename
 from .memory import available_memory, parse_bytes, pick_device
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> Stored
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{where}: the header must give dtype, shape and two data_offsets, got {entry}") from None
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise CheckpointError(f"{where}: shape and data_offsets must be whole numbers >= 0, got {entry}")
@@ -151,7 +151,8 @@ def check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, folder: 
     groups = _parameter_groups(model)
     missing = [names[0] for names, _ in groups if not any(name in stored for name in names)]
     if missing:
-        raise CheckpointError(f"{folder}: {_some(missing)} missing from the checkpoint; config.json asks for them")
+        wanted = "it" if len(missing) == 1 else "them"
+        raise CheckpointError(f"{folder}: {_some(missing)} missing from the checkpoint; config.json asks for {wanted}")
     known = {name for names, _ in groups for name in names}
     unexpected = [name for name in stored if name not in known]
     if unexpected:
@@ -301,22 +302,8 @@ def save_pretrained(model: Qwen3VL, folder: str | os.PathLike[str]) -> None:
     tensors = {names[0]: tensor.detach().contiguous() for names, tensor in _parameter_groups(model)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_then_rename(folder / WEIGHTS_NAME, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-        _write_then_rename(folder / CONFIG_NAME, config.to_json)
+        write_then_rename(folder / WEIGHTS_NAME, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        write_then_rename(folder / CONFIG_NAME, config.to_json)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"{folder}: the checkpoint cannot be written here ({reason})") from error
-
-
-def _write_then_rename(file: Path, write: Callable[[Path], None]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would lock out everybody else who uses the checkpoint
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

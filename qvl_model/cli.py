@@ -1,0 +1,328 @@
+"""The command `qvl`: ask, chat, eval, info.
+
+Nothing heavy is imported at the top: `qvl --help` answers at once, and `qvl ask` looks at the images before it loads a
+model. An error is one line on stderr and exit code 1; with QVL_DEBUG=1 it is a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from .model import Qwen3VL
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "digits"
+BENCHMARK_NAME = "benchmark.tsv"
+_EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError, NotImplementedError)
+
+
+class _OneLineErrors(TyperGroup):
+    """Reports every error, of usage or of work, as one line on stderr and exit code 1."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except BrokenPipeError:
+            # The reader (`qvl ask ... | head`) has seen enough; keep the interpreter's own flush at exit quiet too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except Exception as error:
+            if os.environ.get("QVL_DEBUG") == "1":
+                raise
+            print(f"qvl: {one_line(error)}", file=sys.stderr)
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error for people who did not write this program."""
+    if hasattr(error, "format_message"):  # a mistake in the arguments
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "qvl"
+        text = f"{error.format_message()} (see {command} --help)"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, _EXPECTED_ERRORS):
+        text = str(error) or type(error).__name__
+    else:
+        text = f"unexpected {type(error).__name__}: {error} (QVL_DEBUG=1 shows where)"
+    return " ".join(text.split())
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="Folder of a checkpoint, or a hub id such as Qwen/Qwen3-VL-2B-Instruct. Default: the small model that "
+        "ships, which answers questions about handwritten digits.",
+    ),
+]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the weights: fp32, bf16, or auto (the checkpoint's own, bf16 where fp32 would not fit; "
+        "fp32 for the small model that ships)."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch finds.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(min=0.0, help="0 always takes the most probable token; above 0 draws, the more freely the higher."),
+]
+TopKOption = Annotated[int | None, typer.Option(min=0, help="Draw from the K most probable tokens.")]
+TopPOption = Annotated[
+    float | None, typer.Option(help="Draw from the fewest tokens that have this probability in sum.")
+]
+MinPOption = Annotated[
+    float | None, typer.Option(help="Draw from tokens this probable, relative to the most probable.")
+]
+PenaltyOption = Annotated[float, typer.Option(help="Above 1: less repetition.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
+ImagesOption = Annotated[list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="An image; repeatable.")]
+VideosOption = Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="A video; repeatable.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Qwen3-VL on CPUs and older GPUs.
+
+    `qvl ask --image scene.png "Which digits are these?"` answers with the small model that ships;
+    `--model Qwen/Qwen3-VL-2B-Instruct`, or a folder, takes another one. `qvl COMMAND --help` explains each command.
+
+    Environment: `QVL_DEBUG=1` shows tracebacks, `QVL_BACKEND=reference` (or another name of `qvl info`) forces one
+    kernel backend.
+    """
+    if version:
+        from .info import version as installed
+
+        typer.echo(f"qvl {installed('qvl')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model to load, and how it speaks."""
+
+    model: str | None
+    weights: str
+    device: str
+    threads: int | None
+    generation: dict[str, Any]
+
+    def load(self) -> Qwen3VL:
+        import torch
+
+        from .generation import processor_of
+        from .model import Qwen3VL
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        weights = self.weights
+        if self.model is None and weights == "auto":
+            # Its bf16 is for the download's sake; at its size fp32 is as fast on every CPU and on most much faster.
+            weights = "fp32"
+        model = Qwen3VL.from_pretrained(self.model or SHIPPED_MODEL, weights=weights, device=self.device)
+        processor_of(model)
+        return model
+
+
+def _generation(max_new_tokens: int, temperature: float, seed: int | None, **filters: Any) -> dict[str, Any]:
+    """The options of `generate`, checked before a model is loaded."""
+    from .sampling import SamplingOptions
+
+    penalty = filters.pop("repetition_penalty")
+    given = {name: value for name, value in filters.items() if value is not None}
+    if temperature == 0 and given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names} needs --temperature above 0: without it the most probable token is taken")
+    sampling: dict[str, Any] = {"repetition_penalty": penalty}
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature, "seed": seed, **given}
+    SamplingOptions(**sampling)
+    return {"max_new_tokens": max_new_tokens, **sampling}
+
+
+def _media(images: list[str] | None, videos: list[str] | None) -> tuple[list[Any], list[str]]:
+    """Decoded images and the paths of videos that exist: a wrong name is told before a model is loaded."""
+    from .preprocess import load_image, local_file
+
+    return [load_image(image) for image in images or ()], [str(local_file(video)) for video in videos or ()]
+
+
+def _print_stream(pieces: Iterator[str]) -> str:
+    """Prints pieces as they come, up to Ctrl-C, and a line's end; returns what was printed."""
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+    finally:
+        typer.echo()
+    return text
+
+
+# The parameters of a command are its options, hence more than six.
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask, in quotes.")],
+    image: ImagesOption = None,
+    video: VideosOption = None,
+    model: ModelOption = None,
+    weights: WeightsOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    max_new_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
+) -> None:
+    """Answer one question, about images and videos or about nothing but text.
+
+    Examples:
+
+    `qvl ask --image scene.png "Which digits are these?"`
+
+    `qvl ask -i before.png -i after.png --model ./Qwen3-VL-2B-Instruct "What has changed?"`
+
+    `qvl ask --video street.mp4 --model Qwen/Qwen3-VL-2B-Instruct --temperature 0.7 --top-p 0.8 "What happens?"`
+    """
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    generation = _generation(max_new_tokens, temperature, seed, **filters)
+    if not question.strip():
+        raise ValueError("the question is empty")
+    images, videos = _media(image, video)
+    loaded = Choice(model, weights, device, threads, generation).load()
+    _print_stream(loaded.chat(question, images, videos, stream=True, **generation))  # type: ignore[arg-type]
+
+
+@app.command()
+def chat(
+    image: ImagesOption = None,
+    video: VideosOption = None,
+    model: ModelOption = None,
+    weights: WeightsOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    max_new_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
+) -> None:
+    """Talk in several turns; `/image FILE` on a line of its own adds a picture on the way.
+
+    `/image FILE` and `/video FILE` go with the next question, `/reset` begins a new conversation, `/quit` (or Ctrl-D)
+    leaves. Ctrl-C stops an answer.
+
+    Example: `qvl chat --image scene.png`
+    """
+    from .interactive import converse
+
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    generation = _generation(max_new_tokens, temperature, seed, **filters)
+    images, videos = _media(image, video)
+    loaded = Choice(model, weights, device, threads, generation).load()
+    converse(loaded, images, videos, generation)
+
+
+@app.command("eval")
+def evaluate(
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
+    tsv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Questions as VLMEvalKit writes them: tab-separated index, image (base64), question, answer, "
+            "optionally category, hint, A, B, C, D. Default: the benchmark that ships.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write every answer and the accuracies here.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    model: ModelOption = None,
+    weights: WeightsOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    max_new_tokens: TokensOption = 32,
+) -> None:
+    """Accuracy on image questions, per category and overall.
+
+    An answer is right if it equals the expected one but for case, spaces and a final full stop; for multiple choice it
+    may be the letter or the option's text. Ctrl-C prints the result so far.
+
+    Examples:
+
+    `qvl eval --limit 200`
+
+    `qvl eval --model ./Qwen3-VL-2B-Instruct --tsv MMBench_DEV_EN.tsv --json result.json`
+    """
+    from .evaluate import answer_questions, read_tsv, run_benchmark
+    from .files import check_writable, write_then_rename
+
+    if json_file is not None:
+        check_writable(json_file)
+    questions = read_tsv(tsv or SHIPPED_MODEL / BENCHMARK_NAME, limit)
+    loaded = Choice(model, weights, device, threads, {}).load()
+    answer = answer_questions(loaded, max_new_tokens=max_new_tokens)
+    report = run_benchmark(answer, questions, batch_size=batch_size)
+    typer.echo(report.table())
+    if json_file is not None:
+        write_then_rename(json_file, lambda file: file.write_text(report.to_json(), encoding="utf-8"))
+    if len(report.records) < report.asked:
+        raise typer.Exit(130)
+
+
+@app.command()
+def info(model: ModelOption = None) -> None:
+    """Versions, this machine, the kernel backends that run on it and why the others do not, and a model's sizes.
+
+    Example: `qvl info --model ./Qwen3-VL-2B-Instruct`
+    """
+    from .info import aligned, describe_kernels, describe_machine, describe_model, describe_versions
+    from .processor import PROCESSOR_FILES, find_folder
+
+    typer.echo(f"{describe_versions()}\n")
+    typer.echo(f"{aligned(describe_machine())}\n")
+    typer.echo(f"{describe_kernels()}\n")
+    # Of a hub repository only the small files are fetched: its weights are not needed to say how large they are.
+    folder = find_folder(model, PROCESSOR_FILES) if model else SHIPPED_MODEL
+    typer.echo(aligned(describe_model(folder)))
+
+
+def main() -> None:
+    """The entry point of the command `qvl`."""
+    app(prog_name="qvl")
+
+
+if __name__ == "__main__":
+    main()
