@@ -30,6 +30,8 @@ class _OneLineErrors(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
+        except (KeyboardInterrupt, typer.Abort):
+            code = 130
         except BrokenPipeError:
             # The reader (`qvl ask ... | head`) has seen enough; keep the interpreter's own flush at exit quiet too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

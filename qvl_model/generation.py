@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -84,13 +85,11 @@ def processor_of(model: Qwen3VL) -> Processor:
 
 
 def _optional_processor(model: Qwen3VL) -> Processor | None:
-    """None for a model of random weights, and for a checkpoint of weights alone: ids in, ids out works all the same."""
-    try:
-        return processor_of(model)
-    except (FileNotFoundError, ValueError):
-        if getattr(model, "processor_source", None) is None:
-            return None
-        raise
+    """None for random weights, and for a folder of weights without a tokenizer: ids in, ids out works all the same."""
+    source: Any = getattr(model, "processor_source", None)
+    if getattr(model, "processor", None) is None and (source is None or not Path(source, "tokenizer.json").is_file()):
+        return None
+    return processor_of(model)
 
 
 def _decoder(model: Qwen3VL) -> Callable[[list[int]], str]:

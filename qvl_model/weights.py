@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,9 +195,18 @@ def assign_tensors(
     """Gives `model` (built on the meta device) its parameters: the mapped pages where dtype and device match, else
     converted."""
     by_stored_name = {next(name for name in names if name in stored): names for names, _ in _parameter_groups(model)}
-    for file in sorted({stored[name].file for name in by_stored_name}):
-        for name, tensor in _read(file, [n for n in by_stored_name if stored[n].file == file]):
-            # .to() returns the same tensor, hence the same pages, where there is nothing to convert.
+    mapped, converted = defaultdict(list), []
+    for name in by_stored_name:
+        if _DTYPES[stored[name].dtype] == dtype and device.type == "cpu":
+            mapped[stored[name].file].append(name)
+        else:
+            converted.append(name)
+    for file, names in mapped.items():
+        for name, tensor in _read(file, names):
+            _assign(model, by_stored_name[name], tensor)
+    for name in converted:
+        # A mapping for each: with it go the pages that were read, so that at no time two copies are resident.
+        for _, tensor in _read(stored[name].file, [name]):
             _assign(model, by_stored_name[name], tensor.to(device=device, dtype=dtype))
 
 

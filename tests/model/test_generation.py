@@ -267,6 +267,15 @@ def test_bfloat16_generates_with_an_image(folder):
     assert model.dtype == torch.bfloat16
 
 
+def test_weights_without_a_tokenizer_generate_from_ids(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    model = Qwen3VL.from_pretrained(tmp_path)
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file"):
+        model.chat("Hello")
+
+
 def test_tokens_can_be_trained_on(model):
     out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)
     assert not out.is_inference()

@@ -69,6 +69,14 @@ def test_parameters_are_the_pages_of_the_file(tmp_path):
     assert file.read_bytes() == before, "the mapping must be private: training must not change the checkpoint"
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' /proc")
+def test_converted_parameters_leave_nothing_of_the_file_in_memory(tmp_path):
+    write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    model = Qwen3VL.from_pretrained(tmp_path, weights="fp32")
+    assert mapped_ranges((tmp_path / "model.safetensors").resolve()) == []
+    assert model.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("stored", "weights", "loaded"),
     [
