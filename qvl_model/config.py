@@ -114,7 +114,7 @@ class Qwen3VLConfig:
         text = TextConfig(
             vocab_size=vocab_size,
             hidden_size=192,
-            intermediate_size=512,
+            intermediate_size=384,
             num_hidden_layers=4,
             num_attention_heads=6,
             num_key_value_heads=2,
@@ -128,9 +128,9 @@ class Qwen3VLConfig:
             hidden_size=128,
             intermediate_size=384,
             num_heads=4,
-            patch_size=8,
+            patch_size=12,
             out_hidden_size=192,
-            num_position_embeddings=144,
+            num_position_embeddings=64,
             deepstack_visual_indexes=(1, 2),
         )
         return cls(text, vision, 5, 6, 3, 4, dtype="float32")

@@ -1,9 +1,10 @@
 """Scenes of handwritten digits and questions about them.
 
-A scene is a ``SIDE x SIDE`` RGB picture with one to four digits. Each digit is one of scikit-learn's 1797 scans (8 x 8,
-17 grey levels, handwriting of the UCI "Optical Recognition of Handwritten Digits" set), resampled to a random height,
-slant, angle and stroke weight, painted in one of eight colours over a plain, graded or striped background. The scans are
-divided once, by ``split_scans``: pictures of the test split hold only handwriting that training never saw.
+A scene is an RGB picture, usually ``SIDE x SIDE``, with one to four digits. Each digit is one of scikit-learn's 1797
+scans (8 x 8, 17 grey levels, handwriting of the UCI "Optical Recognition of Handwritten Digits" set), resampled to a
+random height, slant, angle and stroke weight, painted in one of eight colours over a plain, graded or striped
+background. The scans are divided once, by ``split_scans``: pictures of the test split hold only handwriting that
+training never saw.
 
 Everything is drawn from a ``numpy.random.Generator``: equal seeds give equal pictures and questions.
 """
@@ -30,6 +31,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
     "black": (18, 18, 18),
 }
+_NAMES = tuple(COLOURS)
+_RGB = np.array(list(COLOURS.values()), dtype=np.float64)
 
 # "{c}" is colour/color; "{v}" a digit; "{n}" a colour's name. Every wording is used in both splits.
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -82,10 +85,12 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 }
 KINDS = tuple(WORDINGS)
 
-MIN_HEIGHT, MAX_HEIGHT = 20, 46  # pixels, for SIDE = 96
+MIN_HEIGHT, MAX_HEIGHT = 20, 46  # pixels
 MIN_CENTRE_GAP = 11  # pixels between the centres of neighbours, so that "left to right" has one answer
 LARGEST_RATIO = 1.25  # "largest" is asked only where the tallest digit beats the next by this factor
 MIN_CONTRAST = 115.0  # RGB distance of a digit's colour from both background colours
+_MARGIN = 2  # empty scan pixels around each scan, so that a turned or slanted one is not cut
+_LAYOUTS_AT_ONCE = 24
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, (SIDE, SIDE, 3) uint8, and its digits from left to right."""
+    """A picture, (H, W, 3) uint8; how much of each pixel is ink, (H, W) in [0, 1]; the digits from left to right."""
 
     image: np.ndarray
+    ink: np.ndarray
     digits: tuple[Digit, ...]
 
 
@@ -117,7 +123,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Scans:
-    """``images`` (N, 8, 8) float32 in [0, 1] and ``labels`` (N,), both indexed by scikit-learn's own numbering."""
+    """``images`` (N, 12, 12) float32 in [0, 1], the 8 x 8 scans with a margin, and ``labels`` (N,), both in
+    scikit-learn's order."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -128,7 +135,8 @@ def load_scans() -> Scans:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return Scans((digits.images / 16.0).astype(np.float32), digits.target.astype(np.int64))
+    images = np.pad(digits.images / 16.0, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
+    return Scans(images.astype(np.float32), digits.target.astype(np.int64))
 
 
 def split_scans(labels: np.ndarray, seed: int = SPLIT_SEED) -> tuple[np.ndarray, np.ndarray]:
@@ -142,29 +150,29 @@ def split_scans(labels: np.ndarray, seed: int = SPLIT_SEED) -> tuple[np.ndarray,
     return np.setdiff1d(np.arange(len(labels)), test_indices), test_indices
 
 
-def draw_scene(rng: np.random.Generator, scans: Scans, pool: np.ndarray, count: int) -> Scene:
-    """A scene of ``count`` digits whose scans come from the indices ``pool``."""
-    image, back_colours = _background(rng)
-    names = [
-        name
-        for name, rgb in COLOURS.items()
-        if min(np.linalg.norm(np.subtract(rgb, back)) for back in back_colours) > MIN_CONTRAST
-    ]
+def draw_scene(
+    rng: np.random.Generator, scans: Scans, pool: np.ndarray, count: int, size: tuple[int, int] = (SIDE, SIDE)
+) -> Scene:
+    """A scene of ``count`` digits and of ``size`` (height, width), whose scans come from the indices ``pool``."""
+    image, back_colours = _background(rng, size)
+    ink = np.zeros(size, np.float32)
+    distance = np.linalg.norm(_RGB[:, None] - np.stack(back_colours), axis=-1).min(1)
+    visible = np.flatnonzero(distance > MIN_CONTRAST)
     digits = []
-    for x, y, width, height in _layout(rng, count):
-        scan = int(rng.choice(pool))
-        colour = str(rng.choice(names))
-        ink = _stretch(rng, scans.images[scan], width, height)
-        paint = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 7, 3), 0, 255)
-        _paint(image, ink, paint, x, y)
-        digits.append(Digit(int(scans.labels[scan]), scan, colour, x, y, height))
-    return Scene(np.rint(image).astype(np.uint8), tuple(digits))
+    for x, y, width, height in _layout(rng, count, size):
+        scan = int(pool[rng.integers(len(pool))])
+        colour = int(visible[rng.integers(len(visible))])
+        cover = _stretch(rng, scans.images[scan], width, height)
+        paint = np.clip(_RGB[colour] + rng.normal(0, 7, 3), 0, 255).astype(np.float32)
+        _paint(image, ink, cover, paint, (x, y))
+        digits.append(Digit(int(scans.labels[scan]), scan, _NAMES[colour], x, y, height))
+    return Scene(np.rint(image).astype(np.uint8), ink, tuple(digits))
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
     """A question of ``kind`` with exactly one right answer, or None where the scene allows none."""
     values = Counter(digit.value for digit in scene.digits)
-    fields = {"c": str(rng.choice(["colour", "color"]))}
+    fields = {"c": ("colour", "color")[rng.integers(2)]}
     if kind == "read":
         answer = " ".join(str(digit.value) for digit in scene.digits)
     elif kind == "count":
@@ -176,83 +184,91 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
         answer = str(tallest[0].value)
     elif kind == "exists":
         present = rng.random() < 0.5
-        fields["v"] = str(rng.choice([value for value in range(10) if (value in values) == present]))
+        candidates = [value for value in range(10) if (value in values) == present]
+        fields["v"] = str(candidates[rng.integers(len(candidates))])
         answer = "yes" if present else "no"
     elif kind == "place":
-        fields["s"] = str(rng.choice(["left", "right"]))
+        fields["s"] = ("left", "right")[rng.integers(2)]
         answer = str(scene.digits[0 if fields["s"] == "left" else -1].value)
     else:
         colours = Counter(digit.colour for digit in scene.digits)
         single = [d for d in scene.digits if (values[d.value] if kind == "colour" else colours[d.colour]) == 1]
         if not single:
             return None
-        chosen = single[rng.integers(len(single))]
+        chosen = single[int(rng.integers(len(single)))]
         fields |= {"v": str(chosen.value), "n": chosen.colour}
         answer = chosen.colour if kind == "colour" else str(chosen.value)
-    return Question(kind, str(rng.choice(WORDINGS[kind])).format(**fields), answer)
+    return Question(kind, WORDINGS[kind][rng.integers(len(WORDINGS[kind]))].format(**fields), answer)
 
 
-def _background(rng: np.random.Generator) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """(SIDE, SIDE, 3) float picture that runs between two near colours: plain, graded along an angle, or striped."""
+def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """(H, W, 3) float picture that runs between two near colours: plain, graded along an angle, or striped."""
     first = np.clip(rng.uniform(0, 255) + rng.normal(0, 22, 3), 0, 255)
     second = np.clip(first + rng.normal(0, 22, 3), 0, 255)
     angle = rng.uniform(0, np.pi)
-    axis = np.arange(SIDE, dtype=np.float64) / SIDE
-    ramp = axis[:, None] * np.sin(angle) + axis[None, :] * np.cos(angle)
     style = rng.integers(3)
     if style == 0:
-        blend = np.zeros_like(ramp)
-    elif style == 1:
+        return np.broadcast_to(first.astype(np.float32), (*size, 3)).copy(), (first, first)
+    rows, columns = (np.arange(length, dtype=np.float32) / SIDE for length in size)
+    ramp = rows[:, None] * np.float32(np.sin(angle)) + columns[None, :] * np.float32(np.cos(angle))
+    if style == 1:
         blend = (ramp - ramp.min()) / (ramp.max() - ramp.min())
     else:
-        blend = (np.floor(ramp * rng.integers(4, 12)) % 2).astype(np.float64)
-    return first + blend[..., None] * (second - first), (first, second)
+        blend = np.floor(ramp * rng.integers(4, 12)) % 2
+    return first.astype(np.float32) + blend[..., None] * (second - first).astype(np.float32), (first, second)
 
 
-def _layout(rng: np.random.Generator, count: int) -> list[tuple[float, float, float, float]]:
-    """``count`` boxes (centre x, centre y, width, height) that do not overlap, from left to right."""
-    ceiling = float(MAX_HEIGHT)
+def _layout(rng: np.random.Generator, count: int, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+    """``count`` boxes (centre x, centre y, width, height) that do not overlap, from left to right.
+
+    Rejection sampling, many layouts at once; crowded scenes get smaller digits with every round that fails.
+    """
+    ceiling = min(MAX_HEIGHT, *size)
+    first, second = np.triu_indices(count, 1)
     while True:
-        boxes: list[tuple[float, float, float, float]] = []
-        for _ in range(count):
-            height = rng.uniform(MIN_HEIGHT, ceiling)
-            width = height * rng.uniform(0.75, 1.0)
-            x = rng.uniform(width / 2, SIDE - width / 2)
-            y = rng.uniform(height / 2, SIDE - height / 2)
-            boxes.append((x, y, width, height))
-        boxes.sort()
-        if all(_apart(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :]):
-            return boxes
-        ceiling = max(ceiling * 0.98, MIN_HEIGHT * 1.4)
-
-
-def _apart(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    dx, dy = abs(a[0] - b[0]), abs(a[1] - b[1])
-    return dx >= MIN_CENTRE_GAP and (dx > (a[2] + b[2]) / 2 or dy > (a[3] + b[3]) / 2)
+        draws = rng.random((4, _LAYOUTS_AT_ONCE, count))
+        heights = MIN_HEIGHT + draws[0] * (ceiling - MIN_HEIGHT)
+        widths = heights * (0.75 + 0.25 * draws[1])
+        xs = widths / 2 + draws[2] * (size[1] - widths)
+        ys = heights / 2 + draws[3] * (size[0] - heights)
+        dx = abs(xs[:, first] - xs[:, second])
+        apart = dx > (widths[:, first] + widths[:, second]) / 2
+        apart |= abs(ys[:, first] - ys[:, second]) > (heights[:, first] + heights[:, second]) / 2
+        good = np.flatnonzero((apart & (dx >= MIN_CENTRE_GAP)).all(1))
+        if len(good):
+            chosen = good[0]
+            order = xs[chosen].argsort()
+            boxes = np.stack([part[chosen, order] for part in (xs, ys, widths, heights)], axis=1)
+            return [tuple(box) for box in boxes.tolist()]
+        ceiling = max(ceiling * 0.9, MIN_HEIGHT * 1.4)
 
 
 def _stretch(rng: np.random.Generator, scan: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Ink in [0, 1] of an 8 x 8 scan resampled to about ``height x width`` pixels, turned and slanted a little.
+    """Ink in [0, 1] of a scan resampled to about ``height x width`` pixels, turned and slanted a little.
 
-    The inverse map sends a pixel of the result to the padded scan; bicubic resampling, then a soft threshold at a random
-    level, which is the pen's weight.
+    The inverse map sends a pixel of the result to the padded scan; bicubic resampling, then a soft threshold at a
+    random level, which is the pen's weight.
     """
     rows, columns = int(np.ceil(height)) + 4, int(np.ceil(width)) + 4
-    angle, slant = rng.normal(0, 0.09), rng.normal(0, 0.09)
+    angle, slant = rng.normal(0, 0.09, 2)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ np.array([[1, slant], [0, 1]])
-    inverse = np.diag([8 / width, 8 / height]) @ turn
-    offset = np.array([6.0, 6.0]) - inverse @ np.array([columns / 2, rows / 2])
-    padded = Image.fromarray(np.pad(scan, 2))
+    inverse = np.array([[8 / width], [8 / height]]) * turn
+    offset = scan.shape[0] / 2 - inverse @ np.array([columns / 2, rows / 2])
     data = (inverse[0, 0], inverse[0, 1], offset[0], inverse[1, 0], inverse[1, 1], offset[1])
-    grey = np.asarray(padded.transform((columns, rows), Image.Transform.AFFINE, data, Image.Resampling.BICUBIC))
+    source = Image.fromarray(scan)
+    grey = np.asarray(source.transform((columns, rows), Image.Transform.AFFINE, data, Image.Resampling.BICUBIC))
     level, softness = rng.uniform(0.28, 0.5), rng.uniform(0.25, 0.45)
-    return np.clip((grey - level) / softness + 0.5, 0, 1)
+    return np.clip((grey - np.float32(level)) / np.float32(softness) + np.float32(0.5), 0, 1)
 
 
-def _paint(image: np.ndarray, ink: np.ndarray, colour: np.ndarray, x: float, y: float) -> None:
-    """Lay ``ink`` in ``colour`` over ``image`` in place, centred on (x, y) and cut at the border."""
-    top, left = round(y - ink.shape[0] / 2), round(x - ink.shape[1] / 2)
-    bottom, right = min(top + ink.shape[0], SIDE), min(left + ink.shape[1], SIDE)
+def _paint(
+    image: np.ndarray, ink: np.ndarray, cover: np.ndarray, colour: np.ndarray, centre: tuple[float, float]
+) -> None:
+    """Lay ``cover`` in ``colour`` over ``image`` and into ``ink``, in place, cut at the border."""
+    top, left = round(centre[1] - cover.shape[0] / 2), round(centre[0] - cover.shape[1] / 2)
+    bottom, right = min(top + cover.shape[0], image.shape[0]), min(left + cover.shape[1], image.shape[1])
     row, column = max(top, 0), max(left, 0)
-    cover = ink[row - top : bottom - top, column - left : right - left, None]
-    image[row:bottom, column:right] += cover * (colour - image[row:bottom, column:right])
+    cover = cover[row - top : bottom - top, column - left : right - left]
+    ink[row:bottom, column:right] = np.maximum(ink[row:bottom, column:right], cover)
+    part = image[row:bottom, column:right]
+    part += cover[..., None] * (colour - part)
