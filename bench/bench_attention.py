@@ -1,4 +1,4 @@
-"""attention and attention_varlen, plain PyTorch so far: the baseline that a kernel will have to beat.
+"""attention and attention_varlen.
 
 FLOPs: 2 Lq Lk (D + Dv) B Hq, half of it where causal (Lq = Lk). Bytes: q, k, v and out once.
 torch: F.scaled_dot_product_attention; for packed segments one call a segment.
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from timing import Case
 
 from qvl_kernels import attention, attention_varlen
+from qvl_kernels.reference import attention as reference
+from qvl_kernels.reference import attention_varlen as varlen_reference
 
 
 @pytest.mark.parametrize(("len_q", "len_k"), [(256, 256), (1024, 1024), (1, 4096)])
@@ -20,8 +22,10 @@ def bench_causal(compare, len_q, len_k):
     flops = 2 * len_q * len_k * 256 * 16 / (2 if len_q > 1 else 1)
     case = Case("attention", f"{len_q} x {len_k} causal 16/8 x 128", flops, 2 * q.nbytes + k.nbytes + v.nbytes)
     ours = lambda: attention(q, k, v, causal=True)  # noqa: E731
+    visible = reference.visible_keys(len_q, len_k, True, None, None, q.device)
+    plain = lambda: reference.forward(q, k, v, 128**-0.5, visible, None)  # noqa: E731
     own = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=len_q > 1, enable_gqa=True)  # noqa: E731
-    compare(case, ours, ours, own, 1e-4)
+    compare(case, ours, plain, own, 1e-4)
 
 
 @pytest.mark.parametrize("lengths", [(784,), (256, 784, 400, 1024)], ids=str)
@@ -40,5 +44,7 @@ def bench_varlen(compare, lengths):
             ]
         )
 
+    starts = offsets.tolist()
     ours = lambda: attention_varlen(q, k, v, offsets, offsets)  # noqa: E731
-    compare(case, ours, ours, own, 1e-4)
+    plain = lambda: varlen_reference.forward(q, k, v, starts, starts, 64**-0.5, False, None)  # noqa: E731
+    compare(case, ours, plain, own, 1e-4)

@@ -6,7 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 
 #include "cpu/parallel.h"
 #include "params.h"
@@ -94,6 +97,57 @@ void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, co
   cpu::rms_norm_backward(p);
 }
 
+bool unit_stride(const TensorView& t) { return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1; }
+
+bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
+  return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
+}
+
+void attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
+               const Optional& lse, const Optional& mask, const Optional& key_lengths, const Optional& offsets_q,
+               const Optional& offsets_k, const TensorView& scratch, double scale, bool causal,
+               std::pair<std::int64_t, std::int64_t> window) {
+  AttentionParams p{query, key, value, {}, {}, {}, {}, out, {}, scratch, scale, causal, window.first, window.second};
+  require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "attention: tensors");
+  const std::int64_t batch = query.size[0], heads = query.size[1], len_q = query.size[2], dim = query.size[3];
+  const std::int64_t kv_heads = key.size[1], len_k = key.size[2], dim_v = value.size[3];
+  require(query.device < 0 && has_shape(key, {batch, kv_heads, len_k, dim}), "attention: key");
+  require(has_shape(value, {batch, kv_heads, len_k, dim_v}), "attention: value");
+  require(has_shape(out, {batch, heads, len_q, dim_v}) && kv_heads > 0 && heads % kv_heads == 0, "attention: out");
+  require(dim <= 256 && dim_v <= 256, "attention: head dimension");
+  for (const TensorView* t : {&query, &key, &value, &out})
+    require(t->dtype == query.dtype && unit_stride(*t), "attention: dtypes and strides");
+  if (lse) {
+    p.lse = contiguous(*lse, batch * heads * len_q, "attention: lse");
+    require(lse->ndim == 3 && is_compute_type_of(lse->dtype, query.dtype), "attention: lse");
+  }
+  if (mask) {
+    p.mask = *mask;
+    require(has_shape(*mask, {batch, heads, len_q, len_k}), "attention: mask");
+    require(mask->dtype == DType::boolean || is_compute_type_of(mask->dtype, query.dtype), "attention: mask dtype");
+  }
+  if (key_lengths) {
+    p.key_lengths = *key_lengths;
+    require(has_shape(*key_lengths, {batch}) && key_lengths->dtype == DType::i64, "attention: key_lengths");
+  }
+  require(offsets_q.has_value() == offsets_k.has_value(), "attention: offsets");
+  if (offsets_q) {
+    p.offsets_q = contiguous(*offsets_q, offsets_q->numel(), "attention: offsets_q");
+    p.offsets_k = contiguous(*offsets_k, offsets_q->numel(), "attention: offsets_k");
+    require(offsets_q->dtype == DType::i64 && offsets_k->dtype == DType::i64 && batch == 1, "attention: offsets");
+    const std::int64_t last = offsets_q->numel() - 1;
+    for (const auto& [offsets, length] : {std::pair(&p.offsets_q, len_q), std::pair(&p.offsets_k, len_k)}) {
+      const std::int64_t* at = offsets->as<std::int64_t>();
+      require(last >= 0 && at[0] >= 0 && at[last] <= length && std::is_sorted(at, at + last + 1), "attention: offsets");
+    }
+  }
+  contiguous(scratch, scratch.numel(), "attention: scratch");
+  require(scratch.dtype == DType::u8 && scratch.numel() >= cpu::attention_scratch_bytes(dim, dim_v, query.dtype, 1),
+          "attention: scratch");
+  py::gil_scoped_release release;
+  cpu::attention(p);
+}
+
 }  // namespace
 }  // namespace qvl
 
@@ -101,6 +155,10 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.doc() = "CPU kernels of qvl_kernels for one instruction set";
   m.def("rms_norm", &qvl::rms_norm);
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
+  m.def("attention", &qvl::attention);
+  m.def("attention_scratch_bytes", [](std::int64_t dim, std::int64_t dim_v, bool is_f64, std::int64_t threads) {
+    return qvl::cpu::attention_scratch_bytes(dim, dim_v, is_f64 ? qvl::DType::f64 : qvl::DType::f32, threads);
+  });
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
   m.def("max_threads", [] { return qvl::openmp().max_threads ? qvl::openmp().max_threads() : 1; });
 }

@@ -17,7 +17,20 @@ struct RmsNormBackwardParams {
   TensorView grad_y, grad_hidden, hidden, weight, rstd, grad_x, grad_weight, partial;
 };
 
+// out = softmax(scale q k^T + mask) v. query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq,
+// Lq, Dv), last strides 1. mask (B, Hq, Lq, Lk), any strides, bool or the compute type; key_lengths (B) int64; lse (B,
+// Hq, Lq) in the compute type, the log of the sum of exponentials. A window side is negative where it is open. Packed
+// segments: B = 1, and offsets_q, offsets_k (S + 1) int64 say where each segment starts.
+struct AttentionParams {
+  TensorView query, key, value, mask, key_lengths, offsets_q, offsets_k, out, lse, scratch;
+  double scale;
+  bool causal;
+  std::int64_t left, right;
+};
+
 namespace cpu {
+std::int64_t attention_scratch_bytes(std::int64_t dim, std::int64_t dim_v, DType dtype, std::int64_t threads);
+void attention(const AttentionParams& p);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);
 }  // namespace cpu

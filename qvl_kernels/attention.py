@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
 from .reference import attention as reference
 
 # The reference holds one block of scores at a time; gradients need them all anyway.
@@ -74,7 +76,8 @@ def attention(
             raise TypeError(f"{op}: key_lengths must be integers, got {key_lengths.dtype}")
     if scale is None:
         scale = 1 / math.sqrt(dim) if dim else 1.0
-    return _attention.choose().forward(query, key, value, scale, causal, window, mask, key_lengths)
+    run = _attention.choose(query, key, value).forward
+    return run(query, key, value, scale, causal, window, mask, key_lengths)
 
 
 def _check_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> None:
@@ -117,4 +120,87 @@ def _run_reference(
     return torch.cat(blocks, dim=2)
 
 
-_attention = _backends.Operation("attention", {"reference": _backends.Reference(_run_reference)})
+class Native:
+    """The CPU kernel, forward only so far. Its tile buffers are kept from call to call, about 0.5 MB a thread."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._memory = threading.local()
+
+    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        if query.device.type != "cpu":
+            return f"query is on {query.device}"
+        if max(query.shape[-1], value.shape[-1]) > 256:
+            return "the head dimension is above 256"
+        if _library.needs_dispatcher(query, key, value):
+            return "the call needs gradients or is being traced, and the kernel has no backward and no registration yet"
+        return None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        causal: bool,
+        window: tuple[int, int] | None,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+    ) -> Tensor:
+        batch, heads, len_q, _ = query.shape
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                mask = mask.to(torch.promote_types(query.dtype, torch.float32))
+            mask = mask.expand(batch, heads, len_q, key.shape[2])
+        # In memory (B, L, H, D): what follows attention in a model is transpose(1, 2).reshape, which is then free.
+        out = query.new_empty(batch, len_q, heads, value.shape[-1]).transpose(1, 2)
+        lengths = None if key_lengths is None else key_lengths.long()
+        self.call(query, key, value, out, mask, lengths, None, None, scale, causal, window)
+        return out
+
+    def call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        offsets_q: Tensor | None,
+        offsets_k: Tensor | None,
+        scale: float,
+        causal: bool,
+        window: tuple[int, int] | None,
+    ) -> None:
+        """Fills `out` (B, Hq, Lq, Dv); with offsets B is 1 and L runs over packed segments."""
+        module = _backends.module(self.backend, "attention")
+        query, key, value = (
+            x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in (query, key, value)
+        )
+        scratch = self._scratch(module, query.shape[-1], value.shape[-1], query.dtype == torch.float64)
+        sides = (-1, -1) if window is None else window
+        module.attention(
+            query, key, value, out, None, mask, key_lengths, offsets_q, offsets_k, scratch, scale, causal, sides
+        )
+
+    def _scratch(self, module: ModuleType, dim: int, dim_v: int, is_f64: bool) -> Tensor:
+        key = dim, dim_v, is_f64, module.max_threads()
+        if getattr(self._memory, "key", None) != key:
+            nbytes = module.attention_scratch_bytes(*key)
+            self._memory.key, self._memory.buffer = key, torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory.buffer
+
+
+NATIVE = {backend: Native(backend) for backend in ("cpu_avx512", "cpu_avx2")}
+
+
+class _Reference:
+    """Plain PyTorch, one block of scores at a time where no gradient is needed."""
+
+    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        return None
+
+    forward = staticmethod(_run_reference)
+
+
+_attention = _backends.Operation("attention", {**NATIVE, "reference": _Reference()})

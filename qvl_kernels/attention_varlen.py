@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks
+from .attention import NATIVE
 from .reference import attention_varlen as reference
 
 
@@ -64,7 +65,8 @@ def attention_varlen(
         raise ValueError(f"{op}: cu_seqlens_k must have cu_seqlens_q's {segments_q} segments, got {segments_k}")
     if scale is None:
         scale = 1 / math.sqrt(dim) if dim else 1.0
-    return _attention_varlen.choose().forward(query, key, value, offsets_q, offsets_k, scale, causal, window)
+    run = _attention_varlen.choose(query, key, value).forward
+    return run(query, key, value, offsets_q, offsets_k, scale, causal, window)
 
 
 def _offsets(name: str, offsets: Tensor, tokens: int) -> list[int]:
@@ -79,4 +81,40 @@ def _offsets(name: str, offsets: Tensor, tokens: int) -> list[int]:
     return values
 
 
-_attention_varlen = _backends.Operation("attention_varlen", {"reference": _backends.Reference(reference.forward)})
+class _Native:
+    """The kernel of `attention`, one call over all segments."""
+
+    def __init__(self, backend: str) -> None:
+        self.supports = NATIVE[backend].supports
+        self._call = NATIVE[backend].call
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets_q: list[int],
+        offsets_k: list[int],
+        scale: float,
+        causal: bool,
+        window: tuple[int, int] | None,
+    ) -> Tensor:
+        out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
+        q, k, v, o = (x.transpose(0, 1)[None] for x in (query, key, value, out))
+        offsets = torch.tensor(offsets_q), torch.tensor(offsets_k)
+        self._call(q, k, v, o, None, None, *offsets, scale, causal, window)
+        return out
+
+
+class _Reference:
+    """`attention`'s plain PyTorch segment by segment."""
+
+    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        return None
+
+    forward = staticmethod(reference.forward)
+
+
+_attention_varlen = _backends.Operation(
+    "attention_varlen", {**{backend: _Native(backend) for backend in NATIVE}, "reference": _Reference()}
+)

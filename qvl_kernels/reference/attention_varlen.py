@@ -22,9 +22,9 @@ def forward(
     if not sizes:
         return query.new_zeros(0, query.shape[1], value.shape[-1])
     if len(set(sizes)) == 1:  # frames of one video, images of one size: a batch
-        batch = tuple(x.unflatten(0, (len(sizes), -1)).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x.unflatten(0, (len(sizes), -1)).transpose(1, 2) for x in (query, key, value))
         visible = attention.visible_keys(*sizes[0], causal, window, None, query.device)
-        return attention.forward(*batch, scale, visible, None).transpose(1, 2).flatten(0, 1)
+        return attention.forward(q, k, v, scale, visible, None).transpose(1, 2).flatten(0, 1)
     segments = []
     lengths_q, lengths_k = ([size[i] for size in sizes] for i in (0, 1))
     for q, k, v in zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k)):
