@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 MODEL_TYPE = "qwen3_vl"
+DTYPES = ("float32", "bfloat16", "float16")
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 class ConfigError(ValueError):
@@ -102,6 +104,29 @@ class Qwen3VLConfig:
     def qwen3_vl_2b(cls) -> Qwen3VLConfig:
         """The released Qwen3-VL-2B."""
         return cls()
+
+    @classmethod
+    def qwen3_vl_4b(cls) -> Qwen3VLConfig:
+        """The released Qwen3-VL-4B: the 2B's vision encoder, a wider and deeper text model."""
+        text = replace(
+            TextConfig(), hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32
+        )
+        return cls(text, replace(VisionConfig(), out_hidden_size=2560))
+
+    @classmethod
+    def qwen3_vl_8b(cls) -> Qwen3VLConfig:
+        """The released Qwen3-VL-8B: a larger vision encoder with heads of 72, an untied head."""
+        text = replace(
+            TextConfig(), hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32
+        )
+        vision = VisionConfig(
+            depth=27,
+            hidden_size=1152,
+            intermediate_size=4304,
+            out_hidden_size=4096,
+            deepstack_visual_indexes=(8, 16, 24),
+        )
+        return cls(text, vision, tie_word_embeddings=False)
 
     @classmethod
     def full_capacity_2b(cls) -> Qwen3VLConfig:
@@ -220,45 +245,43 @@ def _parse(content: Mapping[str, Any], where: str) -> Qwen3VLConfig:
     kind = content.get("model_type")
     if kind != MODEL_TYPE:
         raise ConfigError(f"{where}: model_type must be {MODEL_TYPE!r}, got {kind!r}")
-    text = _section(content, "text_config", where)
-    vision = _section(content, "vision_config", where)
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    text = _section(content.get("text_config"), f"{where}: text_config")
+    vision = _section(content.get("vision_config"), f"{where}: vision_config")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # the second is the newer name, and then has rope_theta inside
+        if text.get(name) is not None:
+            rope |= _section(text[name], f"{where}: text_config.{name}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ConfigError(f"{where}: text_config.rope_scaling.rope_type must be 'default', got {kind!r}")
     if rope.get("mrope_interleaved", True) is not True:
         raise ConfigError(f"{where}: text_config.rope_scaling.mrope_interleaved must be true")
-    extra = {"rope_theta": text.get("rope_theta", rope.get("rope_theta"))}
-    if "mrope_section" in rope:
-        extra["mrope_section"] = tuple(rope["mrope_section"])
+    extra = {"rope_theta": text.get("rope_theta", rope.get("rope_theta")), "mrope_section": rope.get("mrope_section")}
     for section, activation in ((text, "silu"), (vision, "gelu_pytorch_tanh")):
         if section.get("hidden_act", activation) != activation:
             raise ConfigError(f"{where}: hidden_act must be {activation!r}, got {section['hidden_act']!r}")
-    top = {
-        name: content[name]
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        if name in content
-    }
+    ids = {name: _integer(content[name], f"{where}: {name}") for name in _TOKEN_IDS if name in content}
     tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     dtype = content.get("dtype") or content.get("torch_dtype") or text.get("dtype") or "bfloat16"
     try:
         return Qwen3VLConfig(
             text=_build(TextConfig, {**text, **extra}, f"{where}: text_config"),
             vision=_build(VisionConfig, vision, f"{where}: vision_config"),
-            tie_word_embeddings=bool(tied),
-            dtype=str(dtype),
-            **top,
+            tie_word_embeddings=_boolean(tied, f"{where}: tie_word_embeddings"),
+            dtype=dtype,
+            **ids,
         )
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
 
 
-def _section(content: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    section = content.get(name)
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"{where}: {name} is missing")
-    return section
+def _section(value: Any, where: str) -> Mapping[str, Any]:
+    if value is None:
+        raise ConfigError(f"{where} is missing")
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be an object, got {value!r}")
+    return value
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
@@ -275,6 +298,8 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
             value = _integer(value, f"{where}.{name}")
         elif definition.type == "float":
             value = _number(value, f"{where}.{name}")
+        elif definition.type == "bool":
+            value = _boolean(value, f"{where}.{name}")
         elif definition.type.startswith("tuple"):
             if not isinstance(value, (list, tuple)):
                 raise ConfigError(f"{where}.{name} must be a list of integers, got {value!r}")
@@ -290,24 +315,40 @@ def _integer(value: Any, where: str) -> int:
 
 
 def _number(value: Any, where: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ConfigError(f"{where} must be a positive number, got {value!r}")
     return float(value)
 
 
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where} must be true or false, got {value!r}")
+    return value
+
+
+def _check_sizes(config: Qwen3VLConfig) -> None:
+    """Every size is at least 1 and, as an index of a tensor, below 2^31; every special token is in the vocabulary."""
+    for section in ("text", "vision"):
+        for name, value in vars(getattr(config, section)).items():
+            if type(value) is int and not 0 < value < 2**31:
+                raise ConfigError(f"{section}_config.{name} must be from 1 to 2^31 - 1, got {value}")
+    for name in _TOKEN_IDS:
+        token, vocabulary = getattr(config, name), config.text.vocab_size
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"{name} ({token}) must be below text_config.vocab_size ({vocabulary})")
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}")
+
+
 def _check(config: Qwen3VLConfig) -> None:
     """The relations between the numbers that the model relies on."""
+    _check_sizes(config)
     text, vision = config.text, config.vision
     side = round(vision.num_position_embeddings**0.5)
     layers = range(vision.depth)
     rules = [
         (
-            min(text.num_attention_heads, text.num_key_value_heads, text.head_dim, text.vocab_size) > 0,
-            "text_config",
-            "has a size of 0",
-        ),
-        (
-            text.num_key_value_heads > 0 and text.num_attention_heads % text.num_key_value_heads == 0,
+            text.num_attention_heads % text.num_key_value_heads == 0,
             "text_config.num_attention_heads",
             f"({text.num_attention_heads}) must be a multiple of num_key_value_heads ({text.num_key_value_heads})",
         ),
@@ -317,12 +358,12 @@ def _check(config: Qwen3VLConfig) -> None:
             f"{list(text.mrope_section)} must be three numbers whose sum is half of head_dim ({text.head_dim})",
         ),
         (
-            vision.num_heads > 0 and vision.hidden_size % (4 * vision.num_heads) == 0,
+            vision.hidden_size % (4 * vision.num_heads) == 0,
             "vision_config.hidden_size",
             f"({vision.hidden_size}) must be a multiple of 4 num_heads ({vision.num_heads})",
         ),
         (
-            side > 0 and side * side == vision.num_position_embeddings,
+            side * side == vision.num_position_embeddings,
             "vision_config.num_position_embeddings",
             f"({vision.num_position_embeddings}) must be a square",
         ),

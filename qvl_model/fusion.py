@@ -42,7 +42,7 @@ def place(embeds: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:
     places = int(where.sum())
     if places != features.shape[0]:
         raise ValueError(
-            f"input_ids has {places} {what} placeholders, but pixel_values make {features.shape[0]} features"
+            f"input_ids has {places} {what} placeholders, but the {what}s make {features.shape[0]} features"
         )
     return embeds.index_put(where.nonzero(as_tuple=True), features.to(embeds.dtype))
 

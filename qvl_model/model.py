@@ -112,8 +112,9 @@ class Qwen3VL(nn.Module):
             self.to(dtype or torch.get_default_dtype())
         if device.type != "meta":
             self.to_empty(device=device)
-            self._initialise()
         self.tie_weights()
+        if device.type != "meta":
+            self._initialise()
 
     def tie_weights(self) -> None:
         """Makes a tied head the embedding matrix itself; after either was replaced, do it again."""
@@ -167,14 +168,16 @@ class Qwen3VL(nn.Module):
                 count.
             pixel_values, pixel_values_videos: (patches, patch_dim) of all images and all videos.
             image_grid_thw, video_grid_thw: (images, 3), (videos, 3) patches in time, height, width.
-            position_ids: (3, B, L), or None to compute them.
+            position_ids: (3, B, L) absolute positions, used as they are; or None to compute them.
             cache: the cache that will be continued.
 
         Raises:
-            ValueError: shapes or placeholder counts do not match, an id is outside the vocabulary, or a row is longer
-                than the model's positions; the message has the numbers.
+            ValueError: shapes or placeholder counts do not match, or an id is outside the vocabulary; the message has
+                the numbers.
         """
         self._check_ids(input_ids)
+        if cache is not None and cache.batch != input_ids.shape[0]:
+            raise ValueError(f"the cache has {cache.batch} rows, the input has {input_ids.shape[0]}")
         for pixels, grid, name in (
             (pixel_values, image_grid_thw, "image_grid_thw"),
             (pixel_values_videos, video_grid_thw, "video_grid_thw"),
@@ -183,7 +186,8 @@ class Qwen3VL(nn.Module):
                 raise ValueError(f"pixel values and {name} must be given together")
         input_ids, position_ids, lengths, order = _left_aligned(input_ids, attention_mask, position_ids)
         embeds = self.model.language_model.embed_tokens(input_ids)
-        if cache is not None and input_ids.shape[1] == 1 and cache.lengths.all():
+        no_media = pixel_values is None and pixel_values_videos is None
+        if no_media and cache is not None and input_ids.shape[1] == 1 and cache.lengths.all():
             # A token just generated is text, even if the model chose a placeholder.
             placeholder_ids = torch.full_like(input_ids, -1)
         else:
@@ -197,19 +201,21 @@ class Qwen3VL(nn.Module):
             position_ids, deltas = compute_position_ids(
                 self.config, placeholder_ids, lengths, image_grid_thw, video_grid_thw
             )
+            if cache is not None:
+                deltas = deltas + cache.rope_deltas.to(deltas.device)
+                position_ids = position_ids + (cache.lengths + cache.rope_deltas).to(deltas.device)[:, None]
         else:
-            deltas = position_ids.amax((0, 2)) + 1 - lengths
-        if cache is not None:
-            if cache.batch != input_ids.shape[0]:
-                raise ValueError(f"the cache has {cache.batch} rows, the input has {input_ids.shape[0]}")
-            before = (cache.lengths + cache.rope_deltas).to(position_ids.device)
-            position_ids = position_ids + before[:, None]
-            deltas = deltas + cache.rope_deltas.to(deltas.device)
+            padding = torch.arange(input_ids.shape[1], device=lengths.device) >= lengths[:, None]
+            deltas = position_ids.amax(0).masked_fill(padding, 0).amax(1) + 1 - lengths
+            if cache is not None:
+                deltas = deltas - cache.lengths.to(deltas.device)
         return Inputs(embeds, position_ids, deltas, lengths, fusions.merge(image_mask, image, video_mask, video), order)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must have shape (B, L) with at least one token, got {tuple(input_ids.shape)}")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
         if input_ids.device.type == "cpu":
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= self.config.text.vocab_size:
@@ -228,14 +234,16 @@ class Qwen3VL(nn.Module):
     def forward_embeds(self, inputs: Inputs, *, cache: KVCache | None = None, logits_to_keep: int = 0) -> ModelOutput:
         """Logits of every place, or of the last `logits_to_keep` tokens of every row, (B, logits_to_keep, V).
 
+        A row of fewer tokens than that repeats its first.
+
         Raises:
             ValueError: the cache is too small, or a row would be longer than the model's positions.
         """
+        keep = _number_kept(logits_to_keep, inputs.embeds.shape[1])
         hidden = self.hidden_states(inputs, cache)
         if logits_to_keep:
-            last = (inputs.lengths[:, None] - torch.arange(logits_to_keep, 0, -1, device=inputs.lengths.device)).clamp(
-                min=0
-            )
+            places = torch.arange(keep, 0, -1, device=inputs.lengths.device)
+            last = (inputs.lengths[:, None] - places).clamp(min=0)
             kept = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))
             return ModelOutput(self.lm_head(kept), hidden)
         return ModelOutput(self.lm_head(hidden), hidden)
@@ -243,7 +251,8 @@ class Qwen3VL(nn.Module):
     def hidden_states(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
         """(B, L, C) normalised hidden states, what the head turns into logits. Errors as in `forward_embeds`."""
         tokens = inputs.embeds.shape[1]
-        longest = int(inputs.lengths.max()) + (int(cache.lengths.max()) if cache is not None else 0)
+        lengths = inputs.lengths if cache is None else inputs.lengths.cpu() + cache.lengths
+        longest = int(lengths.max())
         limit = self.config.text.max_position_embeddings
         if longest > limit:
             raise ValueError(f"the prompt has {longest} tokens, the model has {limit} positions")
@@ -272,7 +281,11 @@ class Qwen3VL(nn.Module):
 
         Arguments as in `embed_inputs`, which are those that a processor makes. Without gradients and with a cache, the
         next call may go on with the next tokens alone. What stands at padding is not defined.
+
+        Raises:
+            ValueError: as in `embed_inputs` and `hidden_states`.
         """
+        keep = _number_kept(logits_to_keep, input_ids.shape[-1])
         inputs = self.embed_inputs(
             input_ids,
             attention_mask=attention_mask,
@@ -287,7 +300,7 @@ class Qwen3VL(nn.Module):
         if inputs.order is not None:
             back = inputs.order.argsort(dim=1)
             hidden = hidden.gather(1, back[:, :, None].expand_as(hidden))
-        return ModelOutput(self.lm_head(hidden[:, -logits_to_keep:]), hidden)
+        return ModelOutput(self.lm_head(hidden[:, -keep:]), hidden)
 
     def embed(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """(B, C) unit vectors: the hidden state of each row's last token, normalised; arguments as in
@@ -327,10 +340,14 @@ def _left_aligned(
     Returns ids, positions, lengths (B,) and the order (B, L) that was applied, None where nothing moved.
     """
     batch, tokens = input_ids.shape
+    if position_ids is not None and tuple(position_ids.shape) != (3, batch, tokens):
+        raise ValueError(f"position_ids must have shape {(3, batch, tokens)}, got {tuple(position_ids.shape)}")
+    if attention_mask is not None:
+        shape = tuple(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != batch or shape[1] < tokens:
+            raise ValueError(f"attention_mask must have shape {(batch, tokens)}, got {shape}")
     if attention_mask is None or bool(attention_mask[:, -tokens:].all()):
         return input_ids, position_ids, torch.full((batch,), tokens, device=input_ids.device), None
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
-        raise ValueError(f"attention_mask must have shape {(batch, tokens)}, got {tuple(attention_mask.shape)}")
     mask = attention_mask[:, -tokens:].bool()
     lengths = mask.sum(1)
     if not lengths.all():
@@ -340,3 +357,9 @@ def _left_aligned(
     if position_ids is not None:
         position_ids = position_ids.gather(2, order.expand(3, -1, -1))
     return ids, position_ids, lengths, order
+
+
+def _number_kept(logits_to_keep: int, tokens: int) -> int:
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
+    return min(logits_to_keep, tokens) or tokens

@@ -55,7 +55,10 @@ def position_ids(
     ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
     deltas = []
     for row, (tokens, length) in enumerate(zip(input_ids.tolist(), lengths.tolist())):
-        parts = list(_row_positions(tokens[:length], segments, config.vision.spatial_merge_size))
+        try:
+            parts = list(_row_positions(tokens[:length], segments, config.vision.spatial_merge_size))
+        except ValueError as error:
+            raise ValueError(f"row {row} of input_ids {error}") from None
         if parts:
             ids[:, row, :length] = torch.cat(parts, dim=1)
         deltas.append(int(ids[:, row, :length].max()) + 1 - length if length else 0)
@@ -69,14 +72,12 @@ def _row_positions(tokens: list[int], segments: dict[int, Iterator], merge: int)
             try:
                 patch_rows, patch_columns = next(segments[tokens[at]])
             except StopIteration:
-                raise ValueError(
-                    "input_ids has more image or video placeholders than there are images and videos"
-                ) from None
+                raise ValueError("has more image or video placeholders than there are images and videos") from None
             rows, columns = patch_rows // merge, patch_columns // merge
             run = tokens[at : at + rows * columns]
             if run.count(tokens[at]) != rows * columns:
                 raise ValueError(
-                    f"input_ids has {run.count(tokens[at])} placeholders at token {at} for an image of {rows * columns}"
+                    f"has {run.count(tokens[at])} placeholders at token {at} for an image of {rows * columns}"
                 )
             index = torch.arange(rows * columns)
             yield torch.stack((torch.zeros_like(index), index // columns, index % columns)) + start

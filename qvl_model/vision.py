@@ -118,9 +118,13 @@ class VisionModel(nn.Module):
             (M, Ct) features and, for each entry of `deepstack_visual_indexes`, (M, Ct) features of that block.
 
         Raises:
-            ValueError: the number or size of the patches does not fit the grids.
+            ValueError: a grid is none, or the number or size of the patches does not fit the grids.
         """
         config = self.config
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point() or not (grid_thw > 0).all():
+            raise ValueError(
+                f"image and video grids must be positive integers of shape (images, 3), got {grid_thw.tolist()}"
+            )
         expected = (int(grid_thw.prod(-1).sum()), config.patch_dim)
         if tuple(patches.shape) != expected:
             raise ValueError(

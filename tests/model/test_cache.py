@@ -61,6 +61,42 @@ def test_a_second_turn_with_an_image_stands_behind_the_first():
     torch.testing.assert_close(later, whole[:, len(first) :])
 
 
+def test_given_positions_go_on_behind_a_cache():
+    model = tiny_model(CONFIG)
+    ids = torch.tensor([prompt(3, ("image", 1, 4, 4), 6)])
+    pixels, grids = images(CONFIG, [(1, 4, 4)])
+    inputs = model.embed_inputs(ids, pixel_values=pixels, image_grid_thw=grids)
+    whole = model.forward_embeds(inputs).logits
+    cache = model.new_cache(1, 32)
+    model(ids[:, :-4], pixel_values=pixels, image_grid_thw=grids, cache=cache)
+    given = model(ids[:, -4:-2], position_ids=inputs.position_ids[:, :, -4:-2], cache=cache).logits
+    computed = model(ids[:, -2:], cache=cache).logits
+    torch.testing.assert_close(torch.cat((given, computed), 1), whole[:, -4:])
+
+
+def test_each_row_has_its_own_room_for_positions():
+    model = tiny_model(tiny_config(text={"max_position_embeddings": 12}))
+    cache = model.new_cache(2, 32)
+    ids, mask = padded([prompt(10), prompt(2, seed=1)], "right")
+    model(ids, attention_mask=mask, cache=cache)
+    more, more_mask = padded([[5], [6] * 8], "right")
+    model(more, attention_mask=more_mask, cache=cache)
+    assert cache.lengths.tolist() == [11, 10]
+    with pytest.raises(ValueError, match="the prompt has 13 tokens, the model has 12 positions"):
+        model(torch.ones(2, 2, dtype=torch.long), cache=cache)
+
+
+def test_an_image_of_one_token_is_an_image_also_behind_a_cache():
+    model = tiny_model(CONFIG)
+    pixels, grids = images(CONFIG, [(1, 2, 2)])
+    ids = torch.tensor([[*prompt(4), CONFIG.image_token_id]])
+    whole = model(ids, pixel_values=pixels, image_grid_thw=grids).logits
+    cache = model.new_cache(1, 8)
+    model(ids[:, :-1], cache=cache)
+    last = model(ids[:, -1:], pixel_values=pixels, image_grid_thw=grids, cache=cache).logits
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
 def test_rows_can_leave_and_be_repeated():
     model = tiny_model(CONFIG)
     ids, mask = padded([prompt(5), prompt(3, seed=1), prompt(4, seed=2)], "right")

@@ -36,6 +36,11 @@ IDS = torch.tensor([prompt(2, ("image", 1, 4, 4), 3)])
             "pixel_values must have shape",
         ),
         (IDS[:, :4], {"attention_mask": torch.zeros(1, 4)}, "attention_mask hides every token of row 0"),
+        (IDS[:, :4], {"attention_mask": torch.ones(1, 3)}, r"attention_mask must have shape \(1, 4\), got \(1, 3\)"),
+        (IDS[:, :4], {"attention_mask": torch.ones(1, 1, 4, 4)}, r"attention_mask must have shape \(1, 4\), got"),
+        (IDS[:, :2], {"position_ids": torch.zeros(1, 2)}, r"position_ids must have shape \(3, 1, 2\), got \(1, 2\)"),
+        (IDS[:, :2].float(), {}, "input_ids must be int64 or int32, got torch.float32"),
+        (IDS[:, :2], {"logits_to_keep": -1}, r"logits_to_keep must be 0 \(all\) or more, got -1"),
         (IDS[:, :4], {"attention_mask": torch.zeros(2, 4)}, r"attention_mask must have shape \(1, 4\), got \(2, 4\)"),
         (torch.ones(1, 513, dtype=torch.long), {}, "the prompt has 513 tokens, the model has 512 positions"),
     ],
@@ -45,10 +50,52 @@ def test_bad_input_is_named(ids, options, message):
         tiny_model(CONFIG)(ids, **options)
 
 
-def test_odd_grids_are_refused():
-    pixels, grid = images(CONFIG, [(1, 3, 4)])
-    with pytest.raises(ValueError, match="must be multiples of 2 patches"), torch.no_grad():
-        tiny_model(CONFIG).model.visual(pixels, grid)
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([[1, 3, 4]], "must be multiples of 2 patches"),
+        ([1, 4, 3], r"must be positive integers of shape \(images, 3\), got \[1, 4, 3\]"),
+        ([[1, 0, 4]], "must be positive integers"),
+        ([[1.0, 4.0, 4.0]], "must be positive integers"),
+    ],
+)
+def test_grids_that_are_none_are_refused(grid, message):
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        tiny_model(CONFIG).model.visual(PIXELS[:12], torch.tensor(grid))
+
+
+def test_the_error_names_the_row_whose_grids_are_swapped():
+    pixels, grids = images(CONFIG, [(1, 4, 4), (1, 2, 4), (1, 4, 4)])
+    ids, mask = padded([prompt(1, ("image", 1, 4, 4)), prompt(1, ("image", 1, 4, 4), 1, ("image", 1, 2, 4))], "left")
+    with pytest.raises(ValueError, match="row 1 of input_ids has 2 placeholders at token 4 for an image of 4"):
+        tiny_model(CONFIG)(ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grids)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 8, 99])
+def test_only_the_logits_asked_for_are_computed(keep):
+    model = tiny_model(CONFIG)
+    ids, mask = padded([prompt(8), prompt(5, seed=1)], "left")
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(model(ids, attention_mask=mask, logits_to_keep=keep).logits, whole[:, -keep:])
+        last = model.forward_embeds(model.embed_inputs(ids, attention_mask=mask), logits_to_keep=min(keep, 5)).logits
+    torch.testing.assert_close(last, whole[:, -min(keep, 5) :])
+
+
+def test_given_positions_are_used_as_they_are():
+    model = tiny_model(CONFIG)
+    media = {"pixel_values": PIXELS, "image_grid_thw": GRID}
+    positions = model.embed_inputs(IDS, **media).position_ids
+    with torch.no_grad():
+        whole = model(IDS, **media).logits
+        torch.testing.assert_close(model(IDS, **media, position_ids=positions).logits, whole)
+        moved = model(IDS, **media, position_ids=positions * 3).logits
+        assert (moved - whole).abs().max() > 1e-2
+        ids, mask = padded([IDS[0].tolist(), [0] * (IDS.shape[1] + 2)], "left")
+        padded_positions = torch.nn.functional.pad(positions, (2, 0), value=99).repeat(1, 2, 1)
+        inputs = model.embed_inputs(ids, attention_mask=mask, position_ids=padded_positions, **media)
+    assert torch.equal(inputs.position_ids[:, 0, : IDS.shape[1]], positions[:, 0])
+    assert inputs.rope_deltas[0] == int(positions.max()) + 1 - IDS.shape[1]
 
 
 def test_a_cache_counts_towards_the_positions():

@@ -1,4 +1,4 @@
-"""The same logits, tokens and parameter names as transformers, float32, from the same random weights."""
+"""The same logits, tokens, gradients and parameter names as transformers, from the same random weights."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ CASES = {
     "no grouping": Case([(9,)], text={"num_attention_heads": 2}),
     "one key head": Case([(9,)], text=HEADS),
     "wide heads": Case([(9,)], text={"head_dim": 32, "mrope_section": (6, 5, 5)}),
+    "all time": Case([(4, ("image", 1, 4, 4), 3)], text={"mrope_section": (8, 0, 0)}),
     "attention bias": Case([(9,)], text={"attention_bias": True}),
     "image": Case([(3, ("image", 1, 4, 6), 4)]),
     "image first and last": Case([(("image", 1, 4, 4),)]),
@@ -59,6 +60,9 @@ CASES = {
     "deepstack late": Case([(3, ("image", 1, 4, 4), 2)], vision={"deepstack_visual_indexes": (2,)}),
     "deepstack out of order": Case([(3, ("image", 1, 4, 4), 2)], vision={"deepstack_visual_indexes": (2, 0)}),
     "no merging": Case([(3, ("image", 1, 3, 5), 2)], vision={"spatial_merge_size": 1}),
+    "merging of 3": Case([(3, ("image", 1, 6, 9), 2)], vision={"spatial_merge_size": 3, "temporal_patch_size": 1}),
+    "vision heads of 12": Case([(3, ("image", 1, 4, 4), 2)], vision={"hidden_size": 24}),
+    "one learned position": Case([(3, ("image", 1, 4, 4), 2)], vision={"num_position_embeddings": 1}),
     "deeper and wider": Case(
         [(3, ("image", 1, 4, 4), 2)],
         text={"num_hidden_layers": 6, "hidden_size": 64},
