@@ -142,8 +142,7 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
     }
   }
   contiguous(scratch, scratch.numel(), "attention: scratch");
-  require(scratch.dtype == DType::u8 && scratch.numel() >= cpu::attention_scratch_bytes(dim, dim_v, query.dtype, 1),
-          "attention: scratch");
+  require(scratch.dtype == DType::u8 && scratch.numel() >= cpu::attention_scratch_bytes(p, 1), "attention: scratch");
   py::gil_scoped_release release;
   cpu::attention(p);
 }
@@ -156,9 +155,13 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("rms_norm", &qvl::rms_norm);
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
   m.def("attention", &qvl::attention);
-  m.def("attention_scratch_bytes", [](std::int64_t dim, std::int64_t dim_v, bool is_f64, std::int64_t threads) {
-    return qvl::cpu::attention_scratch_bytes(dim, dim_v, is_f64 ? qvl::DType::f64 : qvl::DType::f32, threads);
-  });
+  m.def("attention_scratch_bytes",
+        [](const qvl::TensorView& query, const qvl::TensorView& key, const qvl::TensorView& value, bool packed) {
+          qvl::AttentionParams p{};
+          p.query = query, p.key = key, p.value = value;
+          if (packed) p.offsets_q = key;  // only asked whether it is there
+          return qvl::cpu::attention_scratch_bytes(p, qvl::openmp().max_threads ? qvl::openmp().max_threads() : 1);
+        });
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
   m.def("max_threads", [] { return qvl::openmp().max_threads ? qvl::openmp().max_threads() : 1; });
 }

@@ -29,7 +29,8 @@ struct AttentionParams {
 };
 
 namespace cpu {
-std::int64_t attention_scratch_bytes(std::int64_t dim, std::int64_t dim_v, DType dtype, std::int64_t threads);
+// What scratch (u8) has to hold at least, for so many threads.
+std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 void attention(const AttentionParams& p);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);

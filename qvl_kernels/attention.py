@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -121,7 +120,7 @@ def _run_reference(
 
 
 class Native:
-    """The CPU kernel, forward only so far. Its tile buffers are kept from call to call, about 0.5 MB a thread."""
+    """The CPU kernel, forward only so far. Its buffers are kept from call to call, about 0.5 MB a thread."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -177,18 +176,17 @@ class Native:
         query, key, value = (
             x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in (query, key, value)
         )
-        scratch = self._scratch(module, query.shape[-1], value.shape[-1], query.dtype == torch.float64)
+        scratch = self._scratch(module.attention_scratch_bytes(query, key, value, offsets_q is not None))
         sides = (-1, -1) if window is None else window
         module.attention(
             query, key, value, out, None, mask, key_lengths, offsets_q, offsets_k, scratch, scale, causal, sides
         )
 
-    def _scratch(self, module: ModuleType, dim: int, dim_v: int, is_f64: bool) -> Tensor:
-        key = dim, dim_v, is_f64, module.max_threads()
-        if getattr(self._memory, "key", None) != key:
-            nbytes = module.attention_scratch_bytes(*key)
-            self._memory.key, self._memory.buffer = key, torch.empty(nbytes, dtype=torch.uint8)
-        return self._memory.buffer
+    def _scratch(self, nbytes: int) -> Tensor:
+        buffer = getattr(self._memory, "buffer", None)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._memory.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return buffer
 
 
 NATIVE = {backend: Native(backend) for backend in ("cpu_avx512", "cpu_avx2")}

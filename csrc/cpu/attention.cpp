@@ -17,13 +17,9 @@
 //
 // Source: Dao, FlashAttention-2, 2023, section 3.1; online softmax: Milakov and Gimelshein, 2018.
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include "attention.h"
 
-#include "../params.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace qvl::cpu {
 namespace {
@@ -31,12 +27,9 @@ namespace {
 constexpr int kStrip = 6;
 constexpr int kTile = 128;
 constexpr int kBlockRows = 40 * kStrip;
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class A>
 constexpr int kPanel = 2 * Vec<A>::N;
-
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 // Scratch of one thread, in elements of the compute type.
 struct Layout {
@@ -60,33 +53,6 @@ struct Layout {
     size = at;
   }
 };
-
-// Where the tensors of one segment and KV head lie, and which keys its rows see.
-template <class T>
-struct Head {
-  const T *query, *key, *value;
-  T* out;
-  Acc<T>* lse;
-  std::int64_t len_q, len_k, group;
-  std::int64_t query_row, query_head, key_row, value_row, out_row, out_head, lse_head;  // strides
-  const TensorView* mask;
-  std::int64_t batch, first_head;
-
-  std::int64_t rows() const { return len_q * group; }
-};
-
-struct Range {
-  std::int64_t begin, end;
-};
-
-// The keys that the query at `position` sees.
-Range visible(const AttentionParams& p, std::int64_t position, std::int64_t len_k) {
-  std::int64_t begin = 0, end = len_k;
-  if (p.left >= 0) begin = std::max(begin, position - p.left);
-  if (p.causal) end = std::min(end, position + 1);
-  if (p.right >= 0) end = std::min(end, position + p.right + 1);
-  return {begin, std::max(begin, end)};
-}
 
 // s[r][j] = sum_d q[r][d] k[d][j] for one strip and one panel.
 template <class A>
@@ -132,16 +98,6 @@ void add_values(const A* p, const A* v, std::int64_t v_row, std::int64_t begin, 
   }
 }
 
-// Copies n elements of T to the compute type, zeros up to `padded`.
-template <class T>
-void widen(const T* from, std::int64_t n, std::int64_t padded, Acc<T>* to) {
-  using V = Vec<Acc<T>>;
-  std::int64_t i = 0;
-  for (; i + V::N <= n; i += V::N) store(to + i, load(from + i));
-  if (i < n) store(to + i, load(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-  std::fill(to + n, to + padded, Acc<T>(0));
-}
-
 template <class T>
 class Block {
  public:
@@ -173,8 +129,7 @@ class Block {
   }
 
  private:
-  std::int64_t position(std::int64_t row) const { return head_.len_k - head_.len_q + (first_ + row) / head_.group; }
-  Range range(std::int64_t row) const { return visible(p_, position(row), head_.len_k); }
+  Range range(std::int64_t row) const { return visible(p_, head_.position(first_ + row), head_.len_k); }
   bool in_place() const {
     return std::is_same_v<T, A> && head_.value_row >= at_.dim_v && p_.value.size[3] == at_.dim_v;
   }
@@ -183,9 +138,7 @@ class Block {
     const V scale(static_cast<A>(p_.scale * kLog2e));
     for (std::int64_t r = 0; r < strips_ * kStrip; ++r) {
       A* to = m_ + at_.query + r * at_.dim;
-      const std::int64_t row = first_ + std::min(r, count_ - 1);
-      widen(head_.query + row / head_.group * head_.query_row + row % head_.group * head_.query_head, at_.dim, at_.dim,
-            to);
+      widen(head_.query_of(first_ + std::min(r, count_ - 1)), at_.dim, at_.dim, to);
       std::int64_t d = 0;
       for (; d + V::N <= at_.dim; d += V::N) store(to + d, load(to + d) * scale);
       for (; d < at_.dim; ++d) to[d] *= static_cast<A>(p_.scale * kLog2e);
@@ -247,69 +200,18 @@ class Block {
       score_panel(query, m_ + at_.key + j * at_.dim, at_.dim, scores + j);
     A shrink[kStrip];
     for (int r = 0; r < kStrip; ++r) {
-      hide(std::min(row + r, count_ - 1), tile, begin, end, scores + r * kTile);
-      shrink[r] = soften(scores + r * kTile, begin, end, m_[at_.top + row + r], m_[at_.total + row + r]);
+      const std::int64_t padded = round_up(end, kPanel<A>);
+      hide(p_, head_, first_ + std::min(row + r, count_ - 1), tile, {begin, end}, padded, scores + r * kTile);
+      shrink[r] = soften(scores + r * kTile, begin, padded, m_[at_.top + row + r], m_[at_.total + row + r]);
     }
     for (std::int64_t c = 0; c < at_.dim_v; c += kPanel<A>)
       add_values(scores, values + c, value_row, begin, end, shrink, m_ + at_.out + row * at_.dim_v + c, at_.dim_v);
   }
 
-  // -inf where the row does not see the key, up to the end of the last panel; the mask's values where it has them.
-  void hide(std::int64_t row, std::int64_t tile, std::int64_t begin, std::int64_t end, A* scores) const {
-    constexpr A kHidden = -std::numeric_limits<A>::infinity();
-    const Range seen = range(row);
-    for (std::int64_t j = begin; j < std::min(seen.begin - tile, end); ++j) scores[j] = kHidden;
-    for (std::int64_t j = std::max(seen.end - tile, begin); j < round_up(end, kPanel<A>); ++j) scores[j] = kHidden;
-    if (head_.mask == nullptr) return;
-    const TensorView& mask = *head_.mask;
-    const std::int64_t at = head_.batch * mask.stride[0] +
-                            (head_.first_head + (first_ + row) % head_.group) * mask.stride[1] +
-                            (first_ + row) / head_.group * mask.stride[2] + tile * mask.stride[3];
-    if (mask.dtype == DType::boolean) {
-      const bool* keep = mask.as<bool>() + at;
-      for (std::int64_t j = begin; j < end; ++j)
-        if (!keep[j * mask.stride[3]]) scores[j] = kHidden;
-    } else {
-      const A* add = mask.as<A>() + at;
-      for (std::int64_t j = begin; j < end; ++j) scores[j] += add[j * mask.stride[3]] * static_cast<A>(kLog2e);
-    }
-  }
-
-  // Turns scores into exp2(score - top), with `top` the largest so far; returns what earlier sums shrink by.
-  A soften(A* scores, std::int64_t begin, std::int64_t end, A& top, A& total) const {
-    V largest_so_far(top);
-    for (std::int64_t j = begin; j < end; j += V::N) largest_so_far = max(largest_so_far, load(scores + j));
-    const A now = largest(largest_so_far);
-    const A safe = now == -std::numeric_limits<A>::infinity() ? A(0) : now;  // nothing seen yet: -inf - -inf is NaN
-    V added;
-    const V shift(safe);
-    for (std::int64_t j = begin; j < end; j += V::N) {
-      const V e = exp2_of_nonpositive(load(scores + j) - shift);
-      store(scores + j, e);
-      added = added + e;
-    }
-    const A shrink = std::exp2(top - safe);
-    total = total * shrink + sum(added);
-    top = now;
-    return shrink;
-  }
-
   void write() {
-    const std::int64_t dim_v = p_.value.size[3];
-    for (std::int64_t r = 0; r < count_; ++r) {
-      const std::int64_t row = first_ + r, query = row / head_.group, head = row % head_.group;
-      const A total = m_[at_.total + r], top = m_[at_.top + r];
-      const V inverse(total == 0 ? A(0) : A(1) / total);
-      const A* from = m_ + at_.out + r * at_.dim_v;
-      T* to = head_.out + query * head_.out_row + head * head_.out_head;
-      std::int64_t c = 0;
-      for (; c + V::N <= dim_v; c += V::N) store(to + c, load(from + c) * inverse);
-      if (const int rest = static_cast<int>(dim_v - c); rest > 0) store(to + c, load(from + c, rest) * inverse, rest);
-      if (head_.lse != nullptr) head_.lse[head * head_.lse_head + query] = top * static_cast<A>(kLn2) + std::log(total);
-    }
+    for (std::int64_t r = 0; r < count_; ++r)
+      write_row(head_, first_ + r, p_.value.size[3], m_ + at_.out + r * at_.dim_v, m_[at_.top + r], m_[at_.total + r]);
   }
-
-  static constexpr int kMaxDim = 256;
 
   const AttentionParams& p_;
   const Head<T>& head_;
@@ -317,36 +219,6 @@ class Block {
   A* const m_;
   const std::int64_t first_, count_, strips_;
 };
-
-template <class T>
-Head<T> head_of(const AttentionParams& p, std::int64_t segment, std::int64_t kv_head) {
-  const TensorView &q = p.query, &k = p.key, &v = p.value, &o = p.out;
-  const bool packed = p.offsets_q.data != nullptr;
-  const std::int64_t batch = packed ? 0 : segment;
-  const std::int64_t q0 = packed ? p.offsets_q.as<std::int64_t>()[segment] : 0;
-  const std::int64_t k0 = packed ? p.offsets_k.as<std::int64_t>()[segment] : 0;
-  Head<T> h{};
-  h.group = q.size[1] / k.size[1];
-  h.batch = batch;
-  h.first_head = kv_head * h.group;
-  h.len_q = packed ? p.offsets_q.as<std::int64_t>()[segment + 1] - q0 : q.size[2];
-  h.len_k = packed ? p.offsets_k.as<std::int64_t>()[segment + 1] - k0 : k.size[2];
-  if (p.key_lengths.data)
-    h.len_k = std::clamp<std::int64_t>(p.key_lengths.as<std::int64_t>()[batch * p.key_lengths.stride[0]], 0, h.len_k);
-  h.query = q.as<T>() + batch * q.stride[0] + h.first_head * q.stride[1] + q0 * q.stride[2];
-  h.key = k.as<T>() + batch * k.stride[0] + kv_head * k.stride[1] + k0 * k.stride[2];
-  h.value = v.as<T>() + batch * v.stride[0] + kv_head * v.stride[1] + k0 * v.stride[2];
-  h.out = o.as<T>() + batch * o.stride[0] + h.first_head * o.stride[1] + q0 * o.stride[2];
-  h.query_row = q.stride[2], h.query_head = q.stride[1];
-  h.key_row = k.stride[2], h.value_row = v.stride[2];
-  h.out_row = o.stride[2], h.out_head = o.stride[1];
-  if (p.lse.data) {
-    h.lse = p.lse.as<Acc<T>>() + batch * p.lse.stride[0] + h.first_head * p.lse.stride[1] + q0;
-    h.lse_head = p.lse.stride[1];
-  }
-  h.mask = p.mask.data ? &p.mask : nullptr;
-  return h;
-}
 
 template <class T>
 void forward(const AttentionParams& p) {
@@ -373,12 +245,15 @@ void forward(const AttentionParams& p) {
 
 }  // namespace
 
-std::int64_t attention_scratch_bytes(std::int64_t dim, std::int64_t dim_v, DType dtype, std::int64_t threads) {
-  if (dtype == DType::f64) return threads * Layout(dim, dim_v, kPanel<double>).size * 8;
-  return threads * Layout(dim, dim_v, kPanel<float>).size * 4;
+std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads) {
+  if (is_decode(p)) return attention_decode_scratch_bytes(p);
+  const bool wide = p.query.dtype == DType::f64;
+  const Layout at(p.query.size[3], p.value.size[3], wide ? kPanel<double> : kPanel<float>);
+  return threads * at.size * (wide ? 8 : 4);
 }
 
 void attention(const AttentionParams& p) {
+  if (is_decode(p)) return attention_decode(p);
   switch (p.query.dtype) {
     case DType::f32:
       return forward<float>(p);

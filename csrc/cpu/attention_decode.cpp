@@ -1,0 +1,207 @@
+// Softmax attention of few queries over many keys: the step of a decoder, Lq G <= 16 rows for each KV head.
+//
+// Regime: memory. Every key and value is read once, for all rows of its group; 2 Lk (D + Dv) s bytes a KV head against
+// 2 Lk (D + Dv) FLOPs a row leave an AVX2 core waiting for memory up to about 8 rows. So nothing is packed or copied:
+//
+//   scores  rows of K times rows of q along D, 4 rows and 2 keys at a time (8 accumulators), converted from storage in
+//           registers; 128 keys, then softmax
+//   values  V rows in place, up to 4 rows times 2 vectors of columns, or 2 rows times 4
+//   chunks  1024 keys each are independent tasks; their sums are merged by their largest scores. The size is fixed, so
+//   the
+//           result does not depend on the number of threads.
+//
+// Source: Dao et al., Flash-Decoding, 2023.
+
+#include "attention.h"
+#include "parallel.h"
+
+namespace qvl::cpu {
+namespace {
+
+constexpr std::int64_t kMaxRows = 16;
+constexpr std::int64_t kTile = 128;
+constexpr std::int64_t kChunk = 1024;
+
+std::int64_t chunks_of(const AttentionParams& p) { return (p.key.size[2] + kChunk - 1) / kChunk; }
+
+// Elements of one chunk's result: per row its sums of values, the largest score and the total.
+std::int64_t partial_size(const AttentionParams& p) {
+  return p.query.size[2] * (p.query.size[1] / p.key.size[1]) * (p.value.size[3] + 2);
+}
+
+// scores[r][j] = q[r] . k[j] for R rows and 2 keys.
+template <int R, class T>
+void dot_pair(const Acc<T>* q, const T* k0, const T* k1, std::int64_t dim, Acc<T>* scores) {
+  using V = Vec<Acc<T>>;
+  V acc[R][2];
+  std::int64_t d = 0;
+  const auto add = [&](V a, V b, auto query) {
+    for (int r = 0; r < R; ++r) {
+      const V x = query(q + r * kMaxDim + d);
+      acc[r][0] = fma(x, a, acc[r][0]);
+      acc[r][1] = fma(x, b, acc[r][1]);
+    }
+  };
+  for (; d + V::N <= dim; d += V::N) add(load(k0 + d), load(k1 + d), [](const Acc<T>* x) { return load(x); });
+  if (const int rest = static_cast<int>(dim - d); rest > 0)
+    add(load(k0 + d, rest), load(k1 + d, rest), [rest](const Acc<T>* x) { return load(x, rest); });
+  for (int r = 0; r < R; ++r) {
+    scores[r * kTile] = sum(acc[r][0]);
+    scores[r * kTile + 1] = sum(acc[r][1]);
+  }
+}
+
+template <int R, class T>
+void score_rows(const Acc<T>* q, const T* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
+                Acc<T>* scores) {
+  for (std::int64_t j = 0; j < keys; j += 2) {  // an odd last key is taken twice; the tile has room
+    const T* k0 = key + j * key_row;
+    dot_pair<R>(q, k0, j + 1 < keys ? k0 + key_row : k0, dim, scores + j);
+  }
+}
+
+// o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for R rows and W vectors of columns.
+template <int R, int W, class T>
+void add_columns(const Acc<T>* p, const T* v, std::int64_t v_row, std::int64_t keys, const Acc<T>* shrink, Acc<T>* o,
+                 std::int64_t o_row) {
+  using V = Vec<Acc<T>>;
+  V acc[R][W];
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) acc[r][w] = load(o + r * o_row + w * V::N) * V(shrink[r]);
+  for (std::int64_t j = 0; j < keys; ++j) {
+    V value[W];
+    for (int w = 0; w < W; ++w) value[w] = load(v + j * v_row + w * V::N);
+    for (int r = 0; r < R; ++r) {
+      const V x(p[r * kTile + j]);
+      for (int w = 0; w < W; ++w) acc[r][w] = fma(x, value[w], acc[r][w]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) store(o + r * o_row + w * V::N, acc[r][w]);
+}
+
+template <int R, class T>
+void add_values(const Acc<T>* p, const T* v, std::int64_t v_row, std::int64_t keys, const Acc<T>* shrink, Acc<T>* o,
+                std::int64_t dim_v) {
+  using V = Vec<Acc<T>>;
+  constexpr int W = R <= 2 ? 4 : 2;
+  std::int64_t c = 0;
+  for (; c + W * V::N <= dim_v; c += W * V::N) add_columns<R, W>(p, v + c, v_row, keys, shrink, o + c, dim_v);
+  for (; c + V::N <= dim_v; c += V::N) add_columns<R, 1>(p, v + c, v_row, keys, shrink, o + c, dim_v);
+  const int rest = static_cast<int>(dim_v - c);
+  if (rest == 0) return;
+  for (int r = 0; r < R; ++r) {
+    V acc = load(o + r * dim_v + c, rest) * V(shrink[r]);
+    for (std::int64_t j = 0; j < keys; ++j) acc = fma(V(p[r * kTile + j]), load(v + j * v_row + c, rest), acc);
+    store(o + r * dim_v + c, acc, rest);
+  }
+}
+
+// Calls f with the number of rows as a compile-time constant, 4 rows at a time and then the rest.
+template <class F>
+void by_four(std::int64_t rows, const F& f) {
+  std::int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
+  if (rows - r == 3) f(std::integral_constant<int, 3>{}, r);
+  if (rows - r == 2) f(std::integral_constant<int, 2>{}, r);
+  if (rows - r == 1) f(std::integral_constant<int, 1>{}, r);
+}
+
+// The chunk's keys [from, to) for all rows of one KV head: sums o (rows, Dv), then the largest scores, then the totals.
+template <class T>
+void add_chunk(const AttentionParams& p, const Head<T>& head, std::int64_t from, std::int64_t to, Acc<T>* partial) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  const std::int64_t rows = head.rows(), dim = p.query.size[3], dim_v = p.value.size[3];
+  A *o = partial, *top = o + rows * dim_v, *total = top + rows;
+  std::fill_n(o, rows * dim_v, A(0));
+  std::fill_n(top, rows, -std::numeric_limits<A>::infinity());
+  std::fill_n(total, rows, A(0));
+  A q[kMaxRows * kMaxDim], scores[kMaxRows * kTile], shrink[kMaxRows];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    widen(head.query_of(r), dim, dim, q + r * kMaxDim);
+    for (std::int64_t d = 0; d < dim; ++d) q[r * kMaxDim + d] *= static_cast<A>(p.scale * kLog2e);
+  }
+  from = std::max(from, visible(p, head.position(0), head.len_k).begin);
+  to = std::min(to, visible(p, head.position(rows - 1), head.len_k).end);
+  for (std::int64_t tile = from; tile < to; tile += kTile) {
+    const std::int64_t keys = std::min(kTile, to - tile);
+    const T* key = head.key + tile * head.key_row;
+    by_four(rows, [&](auto count, std::int64_t r) {
+      score_rows<count()>(q + r * kMaxDim, key, head.key_row, keys, dim, scores + r * kTile);
+    });
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t padded = round_up(keys, V::N);
+      hide(p, head, r, tile, {0, keys}, padded, scores + r * kTile);
+      shrink[r] = soften(scores + r * kTile, 0, padded, top[r], total[r]);
+    }
+    const T* value = head.value + tile * head.value_row;
+    by_four(rows, [&](auto count, std::int64_t r) {
+      add_values<count()>(scores + r * kTile, value, head.value_row, keys, shrink + r, o + r * dim_v, dim_v);
+    });
+  }
+}
+
+// Merges the chunks of one KV head into the first and writes the result.
+template <class T>
+void merge(const AttentionParams& p, const Head<T>& head, std::int64_t chunks, Acc<T>* partials) {
+  using A = Acc<T>;
+  const std::int64_t rows = head.rows(), dim_v = p.value.size[3], size = partial_size(p);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    A top = -std::numeric_limits<A>::infinity(), total = 0, sums[kMaxDim] = {};
+    for (std::int64_t i = 0; i < chunks; ++i) top = std::max(top, partials[i * size + rows * dim_v + r]);
+    for (std::int64_t i = 0; i < chunks; ++i) {
+      const A* from = partials + i * size;
+      const A own = from[rows * dim_v + r];
+      const A weight = own == -std::numeric_limits<A>::infinity() ? A(0) : std::exp2(own - top);
+      total += weight * from[rows * (dim_v + 1) + r];
+      for (std::int64_t c = 0; c < dim_v; ++c) sums[c] += weight * from[r * dim_v + c];
+    }
+    write_row(head, r, dim_v, sums, top, total);
+  }
+}
+
+template <class T>
+void decode(const AttentionParams& p) {
+  const std::int64_t kv_heads = p.key.size[1], heads = p.query.size[0] * kv_heads;
+  const std::int64_t chunks = chunks_of(p), size = partial_size(p);
+  Acc<T>* partials = p.scratch.as<Acc<T>>();
+  parallel_for(heads * chunks, p.key.numel(), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t head = task / chunks, chunk = task % chunks;
+      add_chunk(p, head_of<T>(p, head / kv_heads, head % kv_heads), chunk * kChunk, (chunk + 1) * kChunk,
+                partials + task * size);
+    }
+  });
+  parallel_for(heads, heads * chunks * size, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t head = begin; head < end; ++head)
+      merge(p, head_of<T>(p, head / kv_heads, head % kv_heads), chunks, partials + head * chunks * size);
+  });
+}
+
+}  // namespace
+
+bool is_decode(const AttentionParams& p) {
+  return p.offsets_q.data == nullptr && p.query.size[2] * (p.query.size[1] / p.key.size[1]) <= kMaxRows;
+}
+
+std::int64_t attention_decode_scratch_bytes(const AttentionParams& p) {
+  const std::int64_t element = p.query.dtype == DType::f64 ? 8 : 4;
+  return p.query.size[0] * p.key.size[1] * chunks_of(p) * partial_size(p) * element;
+}
+
+void attention_decode(const AttentionParams& p) {
+  if (p.query.numel() == 0 && p.out.numel() == 0) return;
+  switch (p.query.dtype) {
+    case DType::f32:
+      return decode<float>(p);
+    case DType::bf16:
+      return decode<bf16>(p);
+    case DType::f16:
+      return decode<f16>(p);
+    default:
+      return decode<double>(p);
+  }
+}
+
+}  // namespace qvl::cpu
