@@ -112,6 +112,8 @@ def _prepare(model: Qwen3VL, input_ids: Tensor, media: dict[str, Any]) -> _Promp
     media = {name: None if x is None else x.to(model.device) for name, x in media.items()}
     input_ids = input_ids.to(model.device)
     mask = media.get("attention_mask")
+    if mask is not None and mask.shape != input_ids.shape:
+        raise ValueError(f"generate: attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
     rows = list(input_ids) if mask is None else [ids[keep.bool()] for ids, keep in zip(input_ids, mask)]
     longest, limit = max(len(row) for row in rows), model.config.text.max_position_embeddings
     if longest > limit:

@@ -242,6 +242,12 @@ def test_a_row_of_nothing_but_padding():
         tiny_model().generate(torch.ones(2, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (1, 4), (2, 3), (3,)])
+def test_a_mask_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"generate: attention_mask must have shape \(1, 3\), got"):
+        tiny_model().generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(shape))
+
+
 @pytest.mark.parametrize(
     ("parts", "grids", "message"),
     [

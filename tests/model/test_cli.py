@@ -250,7 +250,7 @@ def test_a_real_process_streams_and_ctrl_c_ends_it(folder):
             process.kill()
     assert first
     assert rest.endswith(b"\n")
-    assert errors == b""
+    assert errors.strip() == b""  # an older click ends the line
     assert process.returncode == 130
 
 
