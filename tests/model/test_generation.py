@@ -86,9 +86,10 @@ def test_64_greedy_tokens_from_the_same_files_as_transformers(folder, loaded):
     [
         {},
         {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.3},  # below 1 it draws to what was said: padding must not count as said
         {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "min_p": 0.01, "seed": 5},
     ],
-    ids=["greedy", "penalty", "sampled"],
+    ids=["greedy", "penalty", "attraction", "sampled"],
 )
 def test_a_row_gets_what_it_gets_alone(model, side, options):
     batch = batch_of(ROWS, side)
@@ -111,6 +112,21 @@ def test_rows_that_end_early_are_padded_and_do_not_disturb_the_others(model):
         assert row == (reference[:end] + [0] * 24)[: len(row)]
     assert stopped.shape[1] == max(ends)
     assert len(set(ends)) > 2, "rows must end at different times for this to test anything"
+
+
+def test_rows_that_go_on_keep_their_own_draws(model):
+    """Behind the end of half of the rows the others are still drawn from their own seeds and penalised for their own
+    words."""
+    batch = batch_of(ROWS, "left")
+    options = {"max_new_tokens": 24, "do_sample": True, "temperature": 2.0, "repetition_penalty": 1.4, "seed": 9}
+    free = new_tokens(model, batch, **options)
+    stops = [int(free[0, 1]), int(free[1, 2])]
+    stopped = new_tokens(model, batch, stop=stops, **options)
+    ends = []
+    for row, reference in zip(stopped.tolist(), free.tolist()):
+        ends.append(next((i + 1 for i, token in enumerate(reference) if token in stops), 24))
+        assert row == (reference[: ends[-1]] + [0] * 24)[: len(row)]
+    assert max(ends) - sorted(ends)[1] > 5, "half of the rows must end well before the last"
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 18, 1000])
@@ -170,11 +186,19 @@ def test_a_stop_string_that_spans_tokens(loaded):
     assert answer_all(loaded, [[user_message(question)]] * 2, stop=stop, **options) == [text[: text.index(stop)]] * 2
 
 
+def test_the_beginning_of_a_stop_string_at_the_end_is_text(loaded):
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+    text = loaded.chat("How many digits are there?", **options)
+    assert loaded.chat("How many digits are there?", stop=text[-1] + "!!", **options) == text
+
+
 def test_text_that_may_begin_a_stop_string_is_held_back():
     until = UntilStop(("STOP", "\n\n"))
     sent = [until.put(piece) for piece in ("a", "S", "T", "x", "\n", "b", " ST", "OP", "more")]
     assert sent == ["a", "", "", "STx", "", "\nb", " ", "", ""]
     assert until.end() == ""
+    until = UntilStop(("late", "x"))
+    assert until.put("axylate") == "a", "the first stop string counts"
     until = UntilStop(("STOP",))
     assert until.put("no ST") == "no "
     assert until.end() == "ST"

@@ -36,6 +36,10 @@ def test_top_p(p):
     assert torch.equal(keep_top_p(logits(), p), TopPLogitsWarper(p)(None, logits()))
 
 
+def test_top_p_stops_where_the_mass_is_reached():
+    assert keep_top_p(torch.zeros(1, 4), 0.5).isfinite().sum() == 2
+
+
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 1.0])
 def test_min_p(p):
     from transformers import MinPLogitsWarper
