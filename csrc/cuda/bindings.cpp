@@ -36,12 +36,12 @@ TensorView rows_of(const TensorView& t, const TensorView& like, const char* what
 
 // An output or a vector: contiguous, with this many elements of this type, beside `like`.
 TensorView contiguous(const TensorView& t, std::int64_t numel, DType dtype, const TensorView& like, const char* what) {
+  require(t.device == like.device && t.dtype == dtype && t.numel() == numel, what);
   std::int64_t expected = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    require(t.size[i] <= 1 || t.stride[i] == expected, what);
+  for (int i = t.ndim - 1; i >= 0 && numel > 0; --i) {
+    require(t.size[i] == 1 || t.stride[i] == expected, what);
     expected *= t.size[i];
   }
-  require(t.device == like.device && t.dtype == dtype && expected == numel, what);
   return t;
 }
 
