@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from timing import Case
 
-from qvl_kernels import attention, attention_varlen
+from qvl_kernels import attention, attention_varlen, scaled_dot_product_attention
 from qvl_kernels.reference import attention as reference
 from qvl_kernels.reference import attention_varlen as varlen_reference
 
@@ -47,4 +47,14 @@ def bench_varlen(compare, lengths):
     starts = offsets.tolist()
     ours = lambda: attention_varlen(q, k, v, offsets, offsets)  # noqa: E731
     plain = lambda: varlen_reference.forward(q, k, v, starts, starts, 64**-0.5, False, None)  # noqa: E731
+    compare(case, ours, plain, own, 1e-4)
+
+
+@pytest.mark.parametrize("length", [512, 64])
+def bench_scaled_dot_product_attention(compare, length):
+    q, k, v = torch.randn(3, 1, 16, length, 64)
+    ours = lambda: scaled_dot_product_attention(q, k, v)  # noqa: E731
+    plain = lambda: reference.forward(q, k, v, 64**-0.5, None, None)  # noqa: E731
+    own = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+    case = Case("scaled_dot_product_attention", f"{length} 16 x 64", 2 * length**2 * 128 * 16, 4 * q.nbytes)
     compare(case, ours, plain, own, 1e-4)

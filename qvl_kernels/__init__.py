@@ -12,6 +12,7 @@ from .layer_norm import layer_norm
 from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
 from .rms_norm import rms_norm
 from .rotary import rotary
+from .scaled_dot_product_attention import scaled_dot_product_attention
 from .swiglu import swiglu
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "packed_linear",
     "rms_norm",
     "rotary",
+    "scaled_dot_product_attention",
     "swiglu",
     "use_backend",
 ]

@@ -44,6 +44,7 @@ class Operation:
     def __init__(self, name: str, implementations: Mapping[str, Any]) -> None:
         self.name = name
         self.implementations = {backend: implementations[backend] for backend in BACKENDS if backend in implementations}
+        self.last_refusal: str | None = None
         self._usable = tuple(entry for backend, entry in self.implementations.items() if unavailable(backend) is None)
         _operations[name] = self
 
@@ -56,8 +57,10 @@ class Operation:
         if _forced is not None:
             return self._forced_implementation(_known(_forced), *arguments)
         for implementation in self._usable:
-            if implementation.supports(*arguments) is None:
+            refusal = implementation.supports(*arguments)
+            if refusal is None:
                 return implementation
+            self.last_refusal = refusal
         raise RuntimeError(f"{self.name}: no backend runs this call: {self.refusals(*arguments)}")
 
     def _forced_implementation(self, backend: str, *arguments: Any) -> Any:
@@ -189,10 +192,12 @@ class Explanation:
     Attributes:
         backends: for each backend None (it runs), or the reason why not.
         operations: for each operation the backends it has on this machine, best first.
+        fallbacks: for each operation whose best backend refused a call, the reason it gave last.
     """
 
     backends: dict[str, str | None]
     operations: dict[str, tuple[str, ...]]
+    fallbacks: dict[str, str]
 
     def __str__(self) -> str:
         lines = [
@@ -200,6 +205,7 @@ class Explanation:
         ]
         width = max(len(name) for name in self.operations)
         lines += ["", *(f"{name:<{width}} {', '.join(having)}" for name, having in self.operations.items())]
+        lines += [f"{name}: fell back, since {why}" for name, why in self.fallbacks.items()]
         return "\n".join(lines)
 
 
@@ -214,4 +220,5 @@ def explain() -> Explanation:
         name: tuple(backend for backend in operation.implementations if backends[backend] is None)
         for name, operation in sorted(_operations.items())
     }
-    return Explanation(backends, operations)
+    fallbacks = {name: operation.last_refusal for name, operation in _operations.items() if operation.last_refusal}
+    return Explanation(backends, operations, fallbacks)
