@@ -130,6 +130,17 @@ def test_an_interrupted_answer_counts_as_far_as_it_came(loaded):
     assert conversation.messages[1] == {"role": "assistant", "content": "".join(shown)}
 
 
+def test_an_image_goes_with_one_question_only(folder, loaded):
+    from qvl_model.interactive import Conversation
+
+    conversation = Conversation(loaded, [], [], {"max_new_tokens": 4, "ignore_eos": True})
+    conversation.command(f"/image {folder / 'scene.png'}")
+    for question in ("And this?", "Why?"):
+        conversation.ask(question, lambda piece: None)
+    kinds = [[part["type"] for part in turn["content"]] for turn in conversation.messages[::2]]
+    assert kinds == [["image", "text"], ["text"]]
+
+
 def test_eval(folder, tmp_path, loaded):
     scene = base64.b64encode((folder / "scene.png").read_bytes()).decode()
     reply = loaded.chat("What?", images=[folder / "scene.png"], max_new_tokens=6)
@@ -147,6 +158,16 @@ def test_eval(folder, tmp_path, loaded):
     assert content["categories"]["easy"]["accuracy"] == 1
     assert content["records"][0]["reply"] == reply
     assert run(*options, "--limit", 1).stdout.splitlines()[-1].split() == ["overall", "1", "/", "1", "100.00%"]
+
+
+def test_an_interrupted_eval_prints_what_it_has(folder, monkeypatch):
+    def interrupted(batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qvl_model.evaluate.answer_questions", lambda model, **options: interrupted)
+    result = run("eval", "--model", folder, "--limit", 3)
+    assert result.stdout.splitlines()[-1] == "interrupted: 0 of 3 questions answered"
+    assert result.exit_code == 130
 
 
 def test_info(folder):

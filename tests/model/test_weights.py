@@ -129,6 +129,13 @@ def test_saved_and_read_back(tmp_path):
     assert_same_parameters(Qwen3VL.from_pretrained(target), written.float())
 
 
+def test_a_saved_checkpoint_is_as_readable_as_any_new_file(tmp_path):
+    save_pretrained(write_checkpoint(tmp_path / "source"), tmp_path / "saved")
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "saved").iterdir()} == {expected}
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     written = write_checkpoint(tmp_path)
 
