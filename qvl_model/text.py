@@ -13,7 +13,7 @@ from qvl_kernels import attention, rotary
 from .attention import Step
 from .config import TextConfig
 from .fusion import DeepStack
-from .layers import RMSNorm, SwiGLU
+from .layers import RMSNorm, SwiGLU, embedding
 
 
 class TextAttention(nn.Module):
@@ -75,7 +75,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

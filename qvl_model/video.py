@@ -164,9 +164,9 @@ class VideoPreprocessor:
         frames: list[torch.Tensor] = []
         first, size = (0, 0), (0, 0)
         for image in images:
-            shape = image.shape[:2]
+            shape: tuple[int, int] = (image.shape[0], image.shape[1])
             if not frames:
-                first, size = shape, self._size(*shape, count)
+                first, size = shape, self._size(shape[0], shape[1], count)
             elif shape != first:
                 raise ValueError(f"frames must have one size, got {first[1]}x{first[0]} and {shape[1]}x{shape[0]}")
             frame = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()

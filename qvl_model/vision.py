@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from qvl_kernels import attention_varlen, rotary
 
 from .config import VisionConfig
-from .layers import GeluMLP, LayerNorm
+from .layers import GeluMLP, LayerNorm, embedding
 from .positions import interpolation, patch_positions, patch_rope
 
 
@@ -102,7 +102,7 @@ class VisionModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.pos_embed = embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config, after=False)
         self.deepstack_merger_list = nn.ModuleList(
