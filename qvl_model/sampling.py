@@ -76,9 +76,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     section 3.1)."""
     ordered, index = logits.sort(dim=-1, descending=True)
     mass = ordered.softmax(dim=-1)
-    # The mass of the tokens before this one: the first token is always kept, whatever p.
+    # The mass of the tokens before this one, 0 for the first, which is therefore always kept.
     outside = mass.cumsum(dim=-1) - mass >= p
-    outside[..., 0] = False
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
 
 

@@ -96,6 +96,7 @@ def test_a_conversation(folder, loaded):
         "/image",
         "/frob",
         "And now?",
+        "And then?",
         "/help",
         "/reset",
         "Hello",
@@ -106,7 +107,10 @@ def test_a_conversation(folder, loaded):
     first = loaded.chat("Hello", **options)
     turns = [user_message("Hello"), {"role": "assistant", "content": first}, user_message("And now?", [scene])]
     second = loaded.chat(turns, **options)
-    assert result.stdout.startswith(f"{first}\n{scene} goes with the next question\n{second}\n/image FILE ")
+    turns += [{"role": "assistant", "content": second}, user_message("And then?")]
+    third = loaded.chat(turns, **options)
+    shown = f"{first}\n{scene} goes with the next question\n{second}\n{third}\n/image FILE "
+    assert result.stdout.startswith(shown)
     assert result.stdout.endswith(f"\na new conversation\n{first}\n")
     assert result.stderr.splitlines() == [
         "qvl: nowhere.png: no such file",
