@@ -1,4 +1,4 @@
-"""rms_norm's CUDA kernels: the shipped PTX, launched as planned, on the interpreter; and on a GPU where there is one."""
+"""rms_norm's CUDA kernels: the shipped PTX, launched as planned, on the interpreter; and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -133,20 +133,22 @@ def backward(place: str, grad_y: Tensor, grad_hidden: Tensor | None, hidden: Ten
     return grad_x, grad_weight
 
 
+def gradients(dtype: torch.dtype, grad_y: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor):
+    """(grad_x, grad_weight) by autograd, in dtype."""
+    h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + EPS) * w
+    y.backward(grad_y.to(dtype))
+    return h.grad if grad_hidden is None else h.grad + grad_hidden.to(dtype), w.grad
+
+
 def check_backward(place: str, hidden: Tensor, weight: Tensor, chunks: int) -> None:
     for with_residual in (False, True):
         grad_y = torch.randn(hidden.shape, dtype=hidden.dtype)
         grad_hidden = torch.randn_like(grad_y) if with_residual else None
         grad_x, grad_weight = backward(place, grad_y, grad_hidden, hidden, weight, chunks)
-
-        def by_autograd(dtype: torch.dtype, grad_y: Tensor = grad_y) -> tuple[Tensor, Tensor]:
-            h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
-            y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + EPS) * w
-            y.backward(grad_y.to(dtype))
-            through = 0 if grad_hidden is None else grad_hidden.to(dtype)
-            return h.grad + through, w.grad
-
-        (exact_x, exact_w), (plain_x, plain_w) = by_autograd(torch.float64), by_autograd(hidden.dtype)
+        (exact_x, exact_w), (plain_x, plain_w) = (
+            gradients(dtype, grad_y, grad_hidden, hidden, weight) for dtype in (torch.float64, hidden.dtype)
+        )
         rstd = torch.rsqrt(hidden.double().square().mean(-1, keepdim=True) + EPS)
         term_x = largest(grad_y.double() * weight.double() * rstd)  # what cancels in grad_x, fully so for C = 1
         term_w = largest(grad_y.double() * hidden.double() * rstd)

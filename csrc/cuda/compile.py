@@ -8,8 +8,8 @@ writes into OUT_DIR
     <stem>.json              per kernel: registers, shared and local memory, spills, parameters
 and into --depfile the project's headers that it read, as a make rule. The same input gives the same bytes.
 
-NVRTC 12.9 is the last that targets sm_61. It comes with the wheel nvidia-cuda-nvrtc-cu12, its headers (cuda_fp16.h) with
-nvidia-cuda-runtime-cu12.
+NVRTC 12.9 is the last that targets sm_61. It comes with the wheel nvidia-cuda-nvrtc-cu12, its headers (cuda_fp16.h)
+with nvidia-cuda-runtime-cu12.
 """
 
 from __future__ import annotations

@@ -5,15 +5,13 @@
 #include <algorithm>
 #include <climits>
 
+#include "rms_norm_sizes.h"
 #include "rows.h"
 
 namespace qvl::cuda {
 namespace {
 
-constexpr int kHeld = 8;  // elements of a row in one thread's registers: kHeld of rms_norm.cu
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512;
-constexpr int kSumWarps = 8;  // of rms_norm.cu
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -79,7 +77,7 @@ std::array<Plan, 2> plan_rms_norm_backward(const RmsNormBackwardParams& p) {
   Plan sum_plan;
   sum_plan.image = "rms_norm";
   sum_plan.kernel = p.hidden.dtype == DType::f16 ? "rms_norm_backward_sum_f16" : "rms_norm_backward_sum_f32";
-  sum_plan.block = {kWarp, kSumWarps, 1};
+  sum_plan.block = {kWarp, static_cast<std::uint32_t>(std::min(chunks, kSumWarps)), 1};
   sum_plan.grid.x = static_cast<std::uint32_t>(ceil_div(channels, kWarp));
   sum_plan.add("partial", p.partial.data).add("grad_weight", p.grad_weight.data);
   sum_plan.add("channels", channels32).add("chunks", chunks);

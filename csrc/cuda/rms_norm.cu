@@ -4,15 +4,11 @@
 // (f32x4, f16x8), else one element (f32x1, f16x1). csrc/cuda/rms_norm.cpp chooses.
 
 #include "common.cuh"
+#include "rms_norm_sizes.h"
 #include "row_layout.h"
 
 namespace qvl::cuda {
 namespace {
-
-// Elements of a row that one thread keeps in registers. 8 fill one 16-byte access of fp16 or two of fp32, so that the
-// loads of a row are in flight together. A team of 512 holds rows of 4096; what is longer is read a second time.
-constexpr int kHeld = 8;
-constexpr int kMaxThreads = 512;
 
 // One team per row: a warp for C <= 256 (query and key norms: rows are many and short), else a block.
 //
@@ -165,23 +161,20 @@ __device__ void rms_norm_backward(const T* grad_y, const T* grad_hidden, const T
 
 // grad_weight[c] = sum over chunks of partial[chunk][c]: the second step of the sum over rows.
 //
-// A block takes 32 channels, 128 contiguous bytes of each chunk, and splits the chunks over its 8 warps. 4 C bytes a
+// A block takes 32 channels, 128 contiguous bytes of each chunk, and splits the chunks over its warps. 4 C bytes a
 // chunk are read once, mostly from L2, where the first step has just put them.
-constexpr int kSumWarps = 8;
-
 template <class T>
 __device__ void sum_chunks(const float* partial, T* grad_weight, int channels, int chunks) {
   __shared__ float sums[kSumWarps][32];
   const int c = blockIdx.x * 32 + threadIdx.x;
   float sum = 0.0f;
   if (c < channels)
-    for (int chunk = threadIdx.y; chunk < chunks; chunk += kSumWarps)
+    for (int chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y)
       sum += partial[static_cast<long long>(chunk) * channels + c];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y != 0 || c >= channels) return;
-#pragma unroll
-  for (int i = 1; i < kSumWarps; ++i) sum += sums[i][threadIdx.x];
+  for (int i = 1; i < blockDim.y; ++i) sum += sums[i][threadIdx.x];
   grad_weight[c] = static_cast<T>(sum);
 }
 

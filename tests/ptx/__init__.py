@@ -5,8 +5,10 @@
     memory.add_tensor("x", x, writable=False)
     counts = run_plan(module, plan, memory)    what the driver would be given
 
-It finds accesses out of bounds or misaligned, loads of shared memory that nobody wrote, races in shared memory, barriers and
-shuffles in divergent code, and registers that are read before they are written. README.md says how to add an opcode.
+It finds accesses out of bounds or misaligned, loads of shared memory that nobody wrote, races in shared memory,
+barriers and shuffles in divergent code, and registers that are read before they are written.
+
+README.md says how to add an opcode.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Threads that stand at the same instruction execute it together, as arrays. Of several such groups the one at the lowest
 instruction goes first, so that threads that took the longer path of a branch catch up before code after it runs: the
-reconvergence of a Pascal warp for code laid out in order, which a compiler's output is. Blocks are independent, so a grid
-runs in batches of blocks that stay small enough for the processor's caches.
+reconvergence of a Pascal warp for code laid out in order, which a compiler's output is. Blocks are independent, so a
+grid runs in batches of blocks that stay small enough for the processor's caches.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ class Machine:
             raise PtxError(f"register {operand.name} is not declared")
         stored = bits_type(self.kernel.registers[operand.name])
         value = np.asarray(value)
-        if value.dtype.itemsize != stored.itemsize and stored != bool:
+        if value.dtype.itemsize != stored.itemsize and stored.kind != "b":
             kind = "i" if value.dtype.kind == "i" else "u"
             if value.dtype.kind == "f":
                 value = value.view(f"u{value.dtype.itemsize}")

@@ -148,9 +148,9 @@ _SEVERAL_WARPS = -(1 << 30)
 class SharedMemory:
     """`size` bytes for each block of a batch.
 
-    A race is two accesses to a byte by different threads, one of them a store, with no barrier of the block between them
-    (and, within a warp, no bar.warp.sync). Every access is stamped with a clock; a barrier records the time at which it
-    was passed, so an earlier access is one whose stamp is older.
+    A race is two accesses to a byte by different threads, one of them a store, with no barrier of the block between
+    them (and, within a warp, no bar.warp.sync). Every access is stamped with a clock; a barrier records the time at
+    which it was passed, so an earlier access is one whose stamp is older.
     """
 
     def __init__(self, blocks: int, size: int, threads_per_block: int) -> None:

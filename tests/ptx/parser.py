@@ -189,7 +189,7 @@ class _Parser:
             piece = piece[label.end() :]
         stripped = piece.strip()
         line += len(piece[: len(piece) - len(piece.lstrip())].splitlines()) - 1 if stripped else 0
-        if not stripped or stripped.startswith((".loc", ".pragma", ".file")):
+        if not stripped or stripped.startswith((".loc ", ".pragma ", ".file ")):
             return
         if registers := _REGISTERS.match(stripped):
             self._declare(registers.group("type"), registers.group("names"), scopes)

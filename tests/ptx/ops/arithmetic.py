@@ -1,11 +1,12 @@
 """Integer and floating-point arithmetic, with IEEE rounding where PTX promises it.
 
-The approximations (rsqrt, ex2, lg2, sin, cos, tanh, div.approx, ...) are computed in float64 and rounded once: a GPU's may be
-off by what the PTX ISA states for each.
+The approximations (rsqrt, ex2, lg2, sin, cos, tanh, div.approx, ...) are computed in float64 and rounded once: a GPU's
+may be off by what the PTX ISA states for each. A GPU may also fuse mul and add where neither names a rounding.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..dtypes import PtxError, numpy_type
 from ..parser import Instruction
 from .registry import Elementwise, elementwise
 
-_ROUNDING = ("rn", "ftz", "sat", "approx", "full", "lo", "wide", "hi")
+_MODIFIERS = ("rn", "ftz", "sat", "approx", "full", "lo", "wide", "hi")
 
 
 def _is_float(dtype: str) -> bool:
@@ -39,7 +40,21 @@ def flushed(function: Callable[..., np.ndarray], instruction: Instruction) -> Ca
     return wrapped
 
 
-def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+ROUNDING = ("rn", "rz", "rm", "rp")  # to nearest even, towards zero, down, up
+
+
+def narrowed(exact: np.ndarray, dtype: np.dtype, mode: str) -> np.ndarray:
+    """float64 -> float32 or float16 in a rounding mode; numpy's own is "rn"."""
+    value = np.asarray(exact).astype(dtype)
+    if mode == "rn":
+        return value
+    towards_minus = {"rm": True, "rp": False, "rz": np.asarray(exact) > 0}[mode]
+    past = np.where(towards_minus, value > exact, value < exact)
+    limit = np.where(towards_minus, -np.inf, np.inf).astype(dtype)
+    return np.where(past, np.nextafter(value, limit), value)
+
+
+def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.ndarray:
     """a b + c rounded once, for float32 and float16.
 
     The product is exact in float64. The sum is rounded to odd (Boldo and Melquiond, 2008), so that rounding it again is
@@ -51,11 +66,10 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
     back = total - product
     error = (product - (total - back)) + (addend - back)
     bits = np.atleast_1d(total).view(np.int64)
-    odd = bits & 1
-    move = np.isfinite(total) & (error != 0) & (odd == 0)
+    move = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
     towards = np.where((error > 0) == (total > 0), 1, -1)
     exact = (bits + np.where(move, towards, 0)).view(np.float64)
-    return exact.reshape(total.shape).astype(np.result_type(a))
+    return narrowed(exact.reshape(total.shape), np.result_type(a), mode)
 
 
 def _halves(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -68,7 +82,7 @@ def _halves(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return both
 
 
-@elementwise("add", "sub", "mul", modifiers=_ROUNDING)
+@elementwise("add", "sub", "mul", modifiers=_MODIFIERS)
 def _basic(instruction: Instruction) -> Elementwise:
     dtype = instruction.types[0]
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[instruction.opcode]
@@ -122,16 +136,16 @@ def _multiply_add(instruction: Instruction) -> Elementwise:
     return Elementwise((dtype, dtype, result), lambda a, b, c: function(a, b).astype(c.dtype) + c, result)
 
 
-@elementwise("fma", modifiers=("rn", "ftz", "sat"))
+@elementwise("fma", modifiers=(*ROUNDING, "ftz", "sat"))
 def _fma(instruction: Instruction) -> Elementwise:
     dtype = instruction.types[0]
     if dtype == "f64":
         raise PtxError(f"line {instruction.line}: fma of float64 is not understood")
-    function = _halves(fused_multiply_add) if dtype == "f16x2" else flushed(fused_multiply_add, instruction)
-    return Elementwise((dtype,) * 3, function, dtype)
+    fma = functools.partial(fused_multiply_add, mode=next(m for m in instruction.modifiers if m in ROUNDING))
+    return Elementwise((dtype,) * 3, _halves(fma) if dtype == "f16x2" else flushed(fma, instruction), dtype)
 
 
-@elementwise("div", modifiers=_ROUNDING)
+@elementwise("div", modifiers=_MODIFIERS)
 def _divide(instruction: Instruction) -> Elementwise:
     dtype = instruction.types[0]
     if _is_float(dtype):

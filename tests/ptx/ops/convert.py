@@ -8,7 +8,7 @@ import numpy as np
 
 from ..dtypes import PtxError, bits_type, numpy_type
 from ..parser import Instruction, Symbol, Vector
-from .arithmetic import flushed
+from .arithmetic import ROUNDING, flushed, narrowed
 from .registry import Elementwise, Execute, elementwise, general
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # To an integer value: nearest even, towards zero, down, up.
 _TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-_CVT_MODIFIERS = (*_TO_INTEGER, "rn", "rz", "rm", "rp", "sat", "ftz")
+_CVT_MODIFIERS = (*_TO_INTEGER, *ROUNDING, "sat", "ftz")
 
 
 @elementwise("cvt", category="convert", modifiers=_CVT_MODIFIERS)
@@ -25,14 +25,17 @@ def _convert(instruction: Instruction) -> Elementwise:
     to_float, from_float = to.startswith("f"), source.startswith("f")
     rounding = next((m for m in instruction.modifiers if m in _CVT_MODIFIERS[:-2]), None)
     saturate = "sat" in instruction.modifiers
-    if rounding in ("rz", "rm", "rp"):
-        raise PtxError(f"line {instruction.line}: rounding .{rounding} is not understood")
     target = numpy_type(to)
     if from_float and to_float:
-        step = _TO_INTEGER.get(rounding or "", lambda x: x)
-        return Elementwise((source,), flushed(lambda x: step(x).astype(target), instruction), to)
+        if rounding in _TO_INTEGER:
+            function = lambda x: _TO_INTEGER[rounding](x).astype(target)  # noqa: E731
+        else:
+            function = lambda x: narrowed(x.astype(np.float64), target, rounding or "rn")  # noqa: E731
+        return Elementwise((source,), flushed(function, instruction), to)
     if from_float:
         return Elementwise((source,), lambda x: _float_to_integer(_TO_INTEGER[rounding](x), target), to)
+    if to_float and rounding != "rn":
+        raise PtxError(f"line {instruction.line}: rounding .{rounding} of an integer is not understood")
     if not to_float and saturate:
         limits = np.iinfo(target)
         return Elementwise((source,), lambda x: _clamp(x, limits.min, limits.max).astype(target), to)

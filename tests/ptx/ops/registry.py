@@ -1,7 +1,8 @@
 """How an opcode is registered.
 
-An elementwise opcode is a function from an instruction to `Elementwise`: the types of its sources, the function of arrays, the
-type of its result. Anything else is a function from an instruction to one that executes it on (machine, lanes).
+An elementwise opcode is a function from an instruction to `Elementwise`: the types of its sources, the function of
+arrays, the type of its result. Anything else is a function from an instruction to one that executes it on
+(machine, lanes).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def with_category(*opcodes: str) -> Callable[[Any], Any]:
 
 
 def build(instruction: Instruction) -> tuple[Execute, str]:
-    """(execute, category) of an instruction. Raises PtxError that names an opcode or modifier that is not understood."""
+    """(execute, category) of an instruction. Raises PtxError that names what is not understood."""
     builder = _builders.get(instruction.opcode)
     if builder is None:
         raise PtxError(f"line {instruction.line}: opcode {instruction.opcode} is not understood: `{instruction.text}`")
