@@ -99,14 +99,16 @@ def test_an_image_of_one_token_is_an_image_also_behind_a_cache():
 
 def test_rows_can_leave_and_be_repeated():
     model = tiny_model(CONFIG)
-    ids, mask = padded([prompt(5), prompt(3, seed=1), prompt(4, seed=2)], "right")
-    cache = model.new_cache(3, 8)
-    model(ids, attention_mask=mask, cache=cache)
+    ids, mask = padded([prompt(5), prompt(3, seed=1), prompt(1, ("image", 1, 4, 6), 2, seed=2)], "right")
+    pixels, grids = images(CONFIG, [(1, 4, 6)])  # so the third row's positions lag behind its length
+    caches = [model.new_cache(3, 16) for _ in range(2)]
+    for each in caches:
+        model(ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grids, cache=each)
+    cache, kept = caches
     token = torch.tensor([[7], [8], [9]])
-    kept = model.new_cache(3, 8)
-    model(ids, attention_mask=mask, cache=kept)
     kept.select([2, 0, 2])
-    assert kept.lengths.tolist() == [4, 5, 4]
+    assert kept.lengths.tolist() == [11, 5, 11]
+    assert kept.rope_deltas.tolist() == [-3, 0, -3]
     order = torch.tensor([2, 0, 2])
     torch.testing.assert_close(model(token[order], cache=kept).logits, model(token, cache=cache).logits[order])
 

@@ -46,6 +46,7 @@ CASES = {
     "one key head": Case([(9,)], text=HEADS),
     "wide heads": Case([(9,)], text={"head_dim": 32, "mrope_section": (6, 5, 5)}),
     "all time": Case([(4, ("image", 1, 4, 4), 3)], text={"mrope_section": (8, 0, 0)}),
+    "unequal sections": Case([(4, ("image", 1, 4, 6), 3)], text={"mrope_section": (5, 1, 2)}),
     "attention bias": Case([(9,)], text={"attention_bias": True}),
     "image": Case([(3, ("image", 1, 4, 6), 4)]),
     "image first and last": Case([(("image", 1, 4, 4),)]),
