@@ -66,5 +66,6 @@ class GeluMLP(nn.Module):
 
 
 def embedding(rows: int, channels: int) -> nn.Embedding:
-    """`nn.Embedding` without its own initialisation, which on the meta device imports half of torch's compiler (1 s)."""
+    """`nn.Embedding` without its own initialisation, which on the meta device imports half of torch's compiler (1
+    s)."""
     return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
