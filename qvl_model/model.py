@@ -93,6 +93,8 @@ class Qwen3VL(nn.Module):
     Source: Bai et al., Qwen3-VL technical report, 2025.
     """
 
+    processor_source: str | None = None  # the folder it was loaded from, where `chat` finds the tokenizer
+
     def __init__(
         self,
         config: Qwen3VLConfig,

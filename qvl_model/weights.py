@@ -295,7 +295,7 @@ def load_pretrained(
     budget = available_memory(target) if max_memory is None else parse_bytes(max_memory)
     dtype = choose_dtype(stored.values(), weights, budget)
     assign_tensors(model, stored, dtype, target)
-    model.processor_source = str(folder)  # type: ignore[assignment]  # where `chat` finds the tokenizer
+    model.processor_source = str(folder)
     return model.eval()
 
 
