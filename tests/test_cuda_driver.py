@@ -31,7 +31,6 @@ class OnGpu:
     def stride(self): return (self.shape[-1], 1)[-len(self.shape):]
     def get_device(self): return self.gpu
 
-_cuda.set_image_folder({str(FOLDER)!r})
 def run(gpu=1, rows=5):
     x, y, weight = OnGpu((rows, 2048), 4096, gpu), OnGpu((rows, 2048), 1 << 20, gpu), OnGpu((2048,), 1 << 30, gpu)
     _cuda.rms_norm(x, None, weight, y, None, None, 1e-6, 77)
@@ -79,6 +78,12 @@ def test_other_gpus_get_the_ptx(library, capability, image):
         assert lines == ["RuntimeError: GPU 1 has compute capability 6.0; 6.1 or newer is needed"]
     else:
         assert f"load {image}" in lines
+
+
+def test_images_may_lie_elsewhere(library, tmp_path):
+    shutil.copy(FOLDER / "rms_norm.sm_61.cubin", tmp_path)
+    lines = python(LAUNCH + f"_cuda.set_image_folder({str(tmp_path)!r}); run()", library)
+    assert "load cubin" in lines
 
 
 def test_nothing_is_launched_for_no_rows(library):

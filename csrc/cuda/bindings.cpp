@@ -125,7 +125,8 @@ void bind_plan(py::module_& m) {
 }
 
 void bind_driver(py::module_& m) {
-  m.def("set_image_folder", &set_image_folder, "Where the cubin and PTX files are");
+  m.def("set_image_folder", &set_image_folder,
+        "Where the cubin and PTX files are; cuda_images beside this module unless set");
   m.def(
       "driver_status",
       []() -> std::optional<std::string> {

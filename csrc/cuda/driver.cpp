@@ -127,6 +127,15 @@ Gpu& gpu_of(const Driver& driver, int ordinal) {
   return gpu;
 }
 
+// cuda_images in the folder of this very library.
+std::string folder_beside_library() {
+  Dl_info info;
+  if (dladdr(&mutex, &info) == 0 || info.dli_fname == nullptr) return "cuda_images";
+  const std::string path = info.dli_fname;
+  const auto slash = path.rfind('/');
+  return (slash == std::string::npos ? std::string() : path.substr(0, slash + 1)) + "cuda_images";
+}
+
 // A terminated copy: the driver reads PTX as a C string.
 std::string read_image(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -139,7 +148,8 @@ Function function_of(const Driver& driver, Gpu& gpu, const Plan& plan) {
   if (function != nullptr) return function;
   Module& module = gpu.modules[plan.image];
   if (module == nullptr) {
-    const std::string path = image_folder + "/" + plan.image + (gpu.is_sm_61 ? ".sm_61.cubin" : ".compute_61.ptx");
+    const std::string folder = image_folder.empty() ? folder_beside_library() : image_folder;
+    const std::string path = folder + "/" + plan.image + (gpu.is_sm_61 ? ".sm_61.cubin" : ".compute_61.ptx");
     driver.check(driver.cuModuleLoadData(&module, read_image(path).c_str()), "loading " + path);
   }
   driver.check(driver.cuModuleGetFunction(&function, module, plan.kernel), std::string("finding ") + plan.kernel);

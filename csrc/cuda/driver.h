@@ -7,7 +7,7 @@
 
 namespace qvl::cuda {
 
-// The folder of the images <stem>.sm_61.cubin and <stem>.compute_61.ptx.
+// The folder of the images <stem>.sm_61.cubin and <stem>.compute_61.ptx: cuda_images beside this library unless set.
 void set_image_folder(std::string folder);
 
 // Empty where kernels can be launched, else one sentence that says why not.

@@ -84,8 +84,9 @@ std::array<Plan, 2> plan_rms_norm_backward(const RmsNormBackwardParams& p) {
   return {rows_plan, sum_plan};
 }
 
-// A chunk of 8 rows or more keeps the traffic of partial (8 C bytes a chunk) below a tenth of the rows' own. 28 SMs
-// (1080 Ti) hold 84 blocks of 256 threads at 80 registers, 336 chunks of one warp: twice that evens out the tail.
+// A chunk of 8 rows or more keeps the traffic of partial (8 C bytes a chunk) below a tenth of the rows' own. At 80
+// registers a thread the 28 SMs of a 1080 Ti hold 84 blocks of 256 threads, or 672 teams of one warp: two waves of the
+// former, one of the latter.
 std::int64_t rms_norm_backward_chunks(std::int64_t rows, std::int64_t channels) {
   const std::int64_t most = team(channels).y == 1 ? 168 : 672;
   return std::clamp<std::int64_t>(ceil_div(rows, 8), 1, most);
