@@ -15,8 +15,7 @@ from torch import Tensor
 from . import _backends, _checks, _library
 from .reference import rms_norm as reference
 
-# A sum over rows is made of this many partial sums at most, whatever the number of threads: results do not depend on
-# it.
+# On the CPU a sum over rows is made of this many partial sums at most, whatever the number of threads.
 _BACKWARD_CHUNKS = 16
 
 
@@ -127,7 +126,10 @@ class _Native:
         grad_hidden = None if grad_hidden is None else _unit_stride(grad_hidden)
         grad_x = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         grad_weight = torch.empty_like(weight)
-        chunks = max(1, min(_BACKWARD_CHUNKS, rstd.numel()))
+        if self.backend == "cuda":
+            chunks = _backends.module("cuda", "rms_norm").rms_norm_backward_chunks(rstd.numel(), weight.shape[0])
+        else:
+            chunks = max(1, min(_BACKWARD_CHUNKS, rstd.numel()))
         partial = weight.new_empty((chunks, weight.shape[0]), dtype=rstd.dtype)
         arguments = grad_y, grad_hidden, hidden, weight, rstd.contiguous(), grad_x, grad_weight, partial
         self._call("rms_norm_backward", *arguments)

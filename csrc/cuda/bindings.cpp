@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "../tensor_view.h"
+#include "../checks.h"
 #include "driver.h"
 #include "rms_norm.h"
 
@@ -20,36 +20,7 @@ namespace {
 
 using Optional = std::optional<TensorView>;
 
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 bool is_stored(DType dtype) { return dtype == DType::f32 || dtype == DType::f16; }
-
-// An input: rows of `like`'s channels, beside `like`.
-TensorView rows_of(const TensorView& t, const TensorView& like, const char* what) {
-  require(t.device == like.device && t.dtype == like.dtype && t.ndim > 0 && t.numel() == like.numel(), what);
-  require(t.size[t.ndim - 1] == like.size[like.ndim - 1], what);
-  require(t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1, what);
-  return t;
-}
-
-// An output or a vector: contiguous, with this many elements of this type, beside `like`.
-TensorView contiguous(const TensorView& t, std::int64_t numel, DType dtype, const TensorView& like, const char* what) {
-  require(t.device == like.device && t.dtype == dtype && t.numel() == numel, what);
-  std::int64_t expected = 1;
-  for (int i = t.ndim - 1; i >= 0 && numel > 0; --i) {
-    require(t.size[i] == 1 || t.stride[i] == expected, what);
-    expected *= t.size[i];
-  }
-  return t;
-}
-
-std::int64_t row_count(const TensorView& x) {
-  std::int64_t rows = 1;
-  for (int i = 0; i < x.ndim - 1; ++i) rows *= x.size[i];
-  return rows;
-}
 
 RmsNormParams rms_norm_params(const TensorView& x, const Optional& residual, const TensorView& weight,
                               const TensorView& y, const Optional& hidden, const Optional& rstd, double eps) {
