@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,11 @@ def test_the_fallbacks_run_and_explain_tells_why(without_a_compiler):
         "import torch, qvl_kernels as k; assert k.available_backends()[-1] == 'reference', k.available_backends();"
         "print(k.__file__); print(k.rms_norm(torch.ones(1, 2), torch.ones(2), 0.0)); print(k.explain())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(target), "TRITON_INTERPRET": "0"}
+    # -S: an editable installation of the tests' own environment would find the modules that are missing in `target`.
+    paths = os.pathsep.join([str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=target, capture_output=True, text=True, timeout=120
+        [sys.executable, "-S", "-c", code], env=environment, cwd=target, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
     assert str(target) in result.stdout
