@@ -85,12 +85,12 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 }
 KINDS = tuple(WORDINGS)
 
-MIN_HEIGHT, MAX_HEIGHT = 20, 46  # pixels
-MIN_CENTRE_GAP = 11  # pixels between the centres of neighbours, so that "left to right" has one answer
-LARGEST_RATIO = 1.25  # "largest" is asked only where the tallest digit beats the next by this factor
-MIN_CONTRAST = 115.0  # RGB distance of a digit's colour from both background colours
+MIN_HEIGHT, MAX_HEIGHT = 28, 46  # pixels
+MIN_CENTRE_GAP = 19  # pixels between the centres of neighbours, so that "left to right" has one answer
+LARGEST_RATIO = 1.3  # "largest" is asked only where the tallest digit beats the next by this factor
+MIN_CONTRAST = 130.0  # RGB distance of a digit's colour from both background colours
 _MARGIN = 2  # empty scan pixels around each scan, so that a turned or slanted one is not cut
-_LAYOUTS_AT_ONCE = 24
+_LAYOUTS_AT_ONCE = 96
 
 
 @dataclass(frozen=True)
@@ -221,26 +221,27 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nda
 def _layout(rng: np.random.Generator, count: int, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
     """``count`` boxes (centre x, centre y, width, height) that do not overlap, from left to right.
 
-    Rejection sampling, many layouts at once; crowded scenes get smaller digits with every round that fails.
+    Neighbours' centres are at least MIN_CENTRE_GAP apart by construction (sorted draws from what the gaps leave over);
+    overlap is left to rejection, many layouts at once. Crowded scenes get smaller digits with every round that fails.
     """
     ceiling = min(MAX_HEIGHT, *size)
     first, second = np.triu_indices(count, 1)
+    gaps = MIN_CENTRE_GAP * np.arange(count)
     while True:
         draws = rng.random((4, _LAYOUTS_AT_ONCE, count))
         heights = MIN_HEIGHT + draws[0] * (ceiling - MIN_HEIGHT)
         widths = heights * (0.75 + 0.25 * draws[1])
-        xs = widths / 2 + draws[2] * (size[1] - widths)
+        margin = widths.max(1, keepdims=True)
+        room = size[1] - margin - gaps[-1]
+        xs = margin / 2 + np.sort(draws[2], axis=1) * room + gaps
         ys = heights / 2 + draws[3] * (size[0] - heights)
-        dx = abs(xs[:, first] - xs[:, second])
-        apart = dx > (widths[:, first] + widths[:, second]) / 2
+        apart = abs(xs[:, first] - xs[:, second]) > (widths[:, first] + widths[:, second]) / 2
         apart |= abs(ys[:, first] - ys[:, second]) > (heights[:, first] + heights[:, second]) / 2
-        good = np.flatnonzero((apart & (dx >= MIN_CENTRE_GAP)).all(1))
+        good = np.flatnonzero(apart.all(1) & (room[:, 0] >= 0))
         if len(good):
-            chosen = good[0]
-            order = xs[chosen].argsort()
-            boxes = np.stack([part[chosen, order] for part in (xs, ys, widths, heights)], axis=1)
+            boxes = np.stack([part[good[0]] for part in (xs, ys, widths, heights)], axis=1)
             return [tuple(box) for box in boxes.tolist()]
-        ceiling = max(ceiling * 0.9, MIN_HEIGHT * 1.4)
+        ceiling = max(ceiling * 0.9, MIN_HEIGHT * 1.2)
 
 
 def _stretch(rng: np.random.Generator, scan: np.ndarray, width: float, height: float) -> np.ndarray:
