@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from qvl_model import Qwen3VL
-from qvl_model.cli import app, one_line
+from qvl_model.cli import SHIPPED_MODEL, app, one_line
 from qvl_model.generation import user_message
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +282,20 @@ def test_a_real_process_streams_and_ctrl_c_ends_it(folder):
 def test_a_real_process_reports_an_error_in_one_line():
     output, errors = start("ask", "--image", "nowhere.png", "x").communicate(timeout=60)
     assert (output, errors) == (b"", b"qvl: nowhere.png: no such file\n")
+
+
+def test_the_shipped_model_is_the_default_and_answers_the_readmes_question():
+    picture, question = ROOT / "examples" / "digits.png", "Read the digits from left to right."
+    result = run("ask", "--image", picture, question)
+    assert result.exit_code == 0, result.stderr
+    loaded = Qwen3VL.from_pretrained(SHIPPED_MODEL, weights="fp32")
+    assert result.stdout == loaded.chat(question, [picture]) + "\n"
+    readme = (ROOT / "README.md").read_text()
+    assert f'qvl ask --image examples/digits.png "{question}"' in readme
+    assert f"it answers `{result.stdout.strip()}`" in readme
+
+
+def test_info_describes_the_shipped_model():
+    result = run("info")
+    assert result.exit_code == 0, result.stderr
+    assert "reference" in result.stdout
