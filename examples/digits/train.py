@@ -1,6 +1,6 @@
 """Trains the checkpoint of qvl_model/assets/digits: a small Qwen3-VL that answers questions about handwriting.
 
-    python examples/digits/train.py                      # the shipped one; README.md has the wall time
+    python examples/digits/train.py                      # first run; README.md has the ones after it, and wall times
     python examples/digits/train.py --out DIR --steps 3  # a smoke test
 
 Three stages. The vision encoder learns alone, first on small pictures of one digit, then on scenes: linear heads name
@@ -189,11 +189,11 @@ class Scenes(Dataset):
 def choose_questions(
     rng: np.random.Generator, scene: Scene, turns: int, favoured: Sequence[str] = ()
 ) -> list[Question]:
-    """Different kinds in random order, the favoured four times as likely to be early.
+    """Different kinds in random order; each mention in `favoured` makes a kind likelier to be early.
 
     One that gives the others away ("read") comes last but for one time in three.
     """
-    weights = np.array([4.0 if kind in favoured else 1.0 for kind in KINDS])
+    weights = np.array([1.0 + 3.0 * favoured.count(kind) for kind in KINDS])
     kinds = [str(kind) for kind in rng.choice(KINDS, len(KINDS), replace=False, p=weights / weights.sum())]
     if "read" in kinds[:turns] and rng.random() < 2 / 3:
         kinds = [kind for kind in kinds[:turns] if kind != "read"] + ["read"]
@@ -368,7 +368,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="questions about each scene")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--favour", nargs="*", default=[], choices=KINDS, help="kinds to ask four times as often")
+    parser.add_argument(
+        "--favour",
+        nargs="*",
+        default=[],
+        choices=KINDS,
+        help="kinds to ask more often, three times more each time named",
+    )
     parser.add_argument("--resume", metavar="FOLDER", help="start from these weights; the heads start anew")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
