@@ -19,6 +19,7 @@
 
 #include "attention.h"
 
+#include "dispatch.h"
 #include "parallel.h"
 
 namespace qvl::cpu {
@@ -254,16 +255,7 @@ std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t thre
 
 void attention(const AttentionParams& p) {
   if (is_decode(p)) return attention_decode(p);
-  switch (p.query.dtype) {
-    case DType::f32:
-      return forward<float>(p);
-    case DType::bf16:
-      return forward<bf16>(p);
-    case DType::f16:
-      return forward<f16>(p);
-    default:
-      return forward<double>(p);
-  }
+  with_storage_type(p.query.dtype, [&](auto t) { forward<decltype(t)>(p); });
 }
 
 }  // namespace qvl::cpu

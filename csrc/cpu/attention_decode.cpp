@@ -13,6 +13,7 @@
 // Source: Dao et al., Flash-Decoding, 2023.
 
 #include "attention.h"
+#include "dispatch.h"
 #include "parallel.h"
 
 namespace qvl::cpu {
@@ -192,16 +193,7 @@ std::int64_t attention_decode_scratch_bytes(const AttentionParams& p) {
 
 void attention_decode(const AttentionParams& p) {
   if (p.query.numel() == 0 && p.out.numel() == 0) return;
-  switch (p.query.dtype) {
-    case DType::f32:
-      return decode<float>(p);
-    case DType::bf16:
-      return decode<bf16>(p);
-    case DType::f16:
-      return decode<f16>(p);
-    default:
-      return decode<double>(p);
-  }
+  with_storage_type(p.query.dtype, [&](auto t) { decode<decltype(t)>(p); });
 }
 
 }  // namespace qvl::cpu

@@ -11,6 +11,7 @@
 
 #include "../params.h"
 #include "../rows.h"
+#include "dispatch.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -160,29 +161,11 @@ void backward(const RmsNormBackwardParams& p) {
 }  // namespace
 
 void rms_norm(const RmsNormParams& p) {
-  switch (p.x.dtype) {
-    case DType::f32:
-      return forward<float>(p);
-    case DType::bf16:
-      return forward<bf16>(p);
-    case DType::f16:
-      return forward<f16>(p);
-    default:
-      return forward<double>(p);
-  }
+  with_storage_type(p.x.dtype, [&](auto t) { forward<decltype(t)>(p); });
 }
 
 void rms_norm_backward(const RmsNormBackwardParams& p) {
-  switch (p.hidden.dtype) {
-    case DType::f32:
-      return backward<float>(p);
-    case DType::bf16:
-      return backward<bf16>(p);
-    case DType::f16:
-      return backward<f16>(p);
-    default:
-      return backward<double>(p);
-  }
+  with_storage_type(p.hidden.dtype, [&](auto t) { backward<decltype(t)>(p); });
 }
 
 }  // namespace qvl::cpu
