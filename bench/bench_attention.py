@@ -22,8 +22,8 @@ def bench_causal(compare, len_q, len_k):
     flops = 2 * len_q * len_k * 256 * 16 / (2 if len_q > 1 else 1)
     case = Case("attention", f"{len_q} x {len_k} causal 16/8 x 128", flops, 2 * q.nbytes + k.nbytes + v.nbytes)
     ours = lambda: attention(q, k, v, causal=True)  # noqa: E731
-    visible = reference.visible_keys(len_q, len_k, True, None, None, q.device)
-    plain = lambda: reference.forward(q, k, v, 128**-0.5, visible, None)  # noqa: E731
+    visible = reference.visible_keys(len_q, len_k, True, -1, -1, None, q.device)
+    plain = lambda: reference.forward(q, k, v, 128**-0.5, visible, None)[0]  # noqa: E731
     own = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=len_q > 1, enable_gqa=True)  # noqa: E731
     compare(case, ours, plain, own, 1e-4)
 
@@ -46,7 +46,12 @@ def bench_varlen(compare, lengths):
 
     starts = offsets.tolist()
     ours = lambda: attention_varlen(q, k, v, offsets, offsets)  # noqa: E731
-    plain = lambda: varlen_reference.forward(q, k, v, starts, starts, 64**-0.5, False, None)  # noqa: E731
+    packed = [x.transpose(0, 1)[None] for x in (q, k, v)]
+
+    def plain():
+        out, _ = varlen_reference.forward(*packed, starts, starts, 64**-0.5, False, -1, -1)
+        return out[0].transpose(0, 1)
+
     compare(case, ours, plain, own, 1e-4)
 
 
@@ -54,7 +59,7 @@ def bench_varlen(compare, lengths):
 def bench_scaled_dot_product_attention(compare, length):
     q, k, v = torch.randn(3, 1, 16, length, 64)
     ours = lambda: scaled_dot_product_attention(q, k, v)  # noqa: E731
-    plain = lambda: reference.forward(q, k, v, 64**-0.5, None, None)  # noqa: E731
+    plain = lambda: reference.forward(q, k, v, 64**-0.5, None, None)[0]  # noqa: E731
     own = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
     case = Case("scaled_dot_product_attention", f"{length} 16 x 64", 2 * length**2 * 128 * 16, 4 * q.nbytes)
     compare(case, ours, plain, own, 1e-4)

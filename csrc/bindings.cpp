@@ -66,10 +66,13 @@ bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
 }
 
-void attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-               const Optional& lse, const Optional& mask, const Optional& key_lengths, const Optional& offsets_q,
-               const Optional& offsets_k, const TensorView& scratch, double scale, bool causal,
-               std::pair<std::int64_t, std::int64_t> window) {
+using Window = std::pair<std::int64_t, std::int64_t>;
+
+// What forward and backward have in common, checked.
+AttentionParams attention_params(const TensorView& query, const TensorView& key, const TensorView& value,
+                                 const TensorView& out, const Optional& lse, const Optional& mask,
+                                 const Optional& key_lengths, const Optional& offsets_q, const Optional& offsets_k,
+                                 const TensorView& scratch, double scale, bool causal, Window window) {
   AttentionParams p{query, key, value, {}, {}, {}, {}, out, {}, scratch, scale, causal, window.first, window.second};
   require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "attention: tensors");
   const std::int64_t batch = query.size[0], heads = query.size[1], len_q = query.size[2], dim = query.size[3];
@@ -105,10 +108,41 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
     }
   }
   contiguous(scratch, scratch.numel(), DType::u8, query, "attention: scratch");
+  return p;
+}
+
+void attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
+               const Optional& lse, const Optional& mask, const Optional& key_lengths, const Optional& offsets_q,
+               const Optional& offsets_k, const TensorView& scratch, double scale, bool causal, Window window) {
+  const AttentionParams p = attention_params(query, key, value, out, lse, mask, key_lengths, offsets_q, offsets_k,
+                                             scratch, scale, causal, window);
   require(scratch.numel() >= cpu::attention_scratch_bytes(p, 1), "attention: scratch");
   py::gil_scoped_release release;
   cpu::attention(p);
 }
+
+void attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
+                        const TensorView& grad_value, const TensorView& query, const TensorView& key,
+                        const TensorView& value, const TensorView& out, const TensorView& lse, const Optional& mask,
+                        const Optional& key_lengths, const Optional& offsets_q, const Optional& offsets_k,
+                        const TensorView& scratch, double scale, bool causal, Window window) {
+  AttentionBackwardParams p{attention_params(query, key, value, out, lse, mask, key_lengths, offsets_q, offsets_k,
+                                             scratch, scale, causal, window),
+                            grad_out, grad_query, grad_key, grad_value};
+  const auto beside = [](const TensorView& grad, const TensorView& of, DType dtype) {
+    return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
+           unit_stride(grad);
+  };
+  const DType wide = compute_type(query.dtype);
+  require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
+  require(beside(grad_query, query, wide), "attention_backward: grad_query");
+  require(beside(grad_key, key, wide) && beside(grad_value, value, wide), "attention_backward: grad_key, grad_value");
+  require(scratch.numel() >= cpu::attention_backward_scratch_bytes(p.forward, 1), "attention_backward: scratch");
+  py::gil_scoped_release release;
+  cpu::attention_backward(p);
+}
+
+std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
 
 }  // namespace
 }  // namespace qvl
@@ -123,8 +157,14 @@ PYBIND11_MODULE(QVL_MODULE, m) {
           qvl::AttentionParams p{};
           p.query = query, p.key = key, p.value = value;
           if (packed) p.offsets_q = key;  // only asked whether it is there
-          return qvl::cpu::attention_scratch_bytes(p, qvl::openmp().max_threads ? qvl::openmp().max_threads() : 1);
+          return qvl::cpu::attention_scratch_bytes(p, qvl::threads());
         });
+  m.def("attention_backward", &qvl::attention_backward);
+  m.def("attention_backward_scratch_bytes", [](const qvl::TensorView& query, const qvl::TensorView& value) {
+    qvl::AttentionParams p{};
+    p.query = query, p.value = value;
+    return qvl::cpu::attention_backward_scratch_bytes(p, qvl::threads());
+  });
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
-  m.def("max_threads", [] { return qvl::openmp().max_threads ? qvl::openmp().max_threads() : 1; });
+  m.def("max_threads", &qvl::threads);
 }

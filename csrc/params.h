@@ -28,10 +28,19 @@ struct AttentionParams {
   std::int64_t left, right;
 };
 
+// The gradients of a call whose `out` and `lse` are kept. grad_out as out; grad_query, grad_key and grad_value have the
+// shapes of query, key and value in the compute type, last strides 1, and come as zeros: sums are added to them.
+struct AttentionBackwardParams {
+  AttentionParams forward;
+  TensorView grad_out, grad_query, grad_key, grad_value;
+};
+
 namespace cpu {
 // What scratch (u8) has to hold at least, for so many threads.
 std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads);
+std::int64_t attention_backward_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 void attention(const AttentionParams& p);
+void attention_backward(const AttentionBackwardParams& p);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);
 }  // namespace cpu

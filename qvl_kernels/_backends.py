@@ -67,10 +67,12 @@ class Operation:
         if backend not in self.implementations:
             having = ", ".join(self.implementations)
             raise RuntimeError(f"{self.name}: backend {backend!r} is forced, but this operation has only {having}")
-        refusal = unavailable(backend) or self.implementations[backend].supports(*arguments)
+        implementation = self.implementations[backend]
+        refusal = None if implementation in self._usable else unavailable(backend)
+        refusal = refusal or implementation.supports(*arguments)
         if refusal is not None:
             raise RuntimeError(f"{self.name}: backend {backend!r} is forced, but {refusal}")
-        return self.implementations[backend]
+        return implementation
 
     def refusals(self, *arguments: Any) -> dict[str, str | None]:
         """For each backend of this operation, None where it would run this call, else the reason why not."""

@@ -56,14 +56,13 @@ def shape(op: str, name: str, tensor: Tensor, letters: str, expected: Sequence[i
     raise ValueError(f"{op}: {name} must have shape {letters} = ({wanted}), got {tuple(actual)}")
 
 
-def window(op: str, window: tuple[int, int] | None) -> tuple[int, int] | None:
-    """`window` is None or two integers (left, right), where a negative one means no limit; (-1, -1) comes back as
-    None."""
+def window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
+    """`window` is None, which comes back as (-1, -1), or two integers (left, right); a negative one means no limit."""
     if window is None:
-        return None
+        return -1, -1
     if len(window) != 2 or not all(isinstance(side, int) for side in window):
         raise ValueError(f"{op}: window must be a pair of integers (left, right), got {window!r}")
-    return None if window[0] < 0 and window[1] < 0 else (window[0], window[1])
+    return window[0], window[1]
 
 
 def head_groups(op: str, heads_q: int, heads_kv: int) -> None:

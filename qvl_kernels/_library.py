@@ -41,8 +41,9 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
             continue
         if type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad) or tensor.is_meta:
             return True
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a functorch transform (vmap, grad, jvp) or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks
-from .attention import NATIVE
-from .reference import attention_varlen as reference
+from ._attention import NATIVE, Options, Reference
 
 
 def attention_varlen(
@@ -57,64 +56,30 @@ def attention_varlen(
     _checks.shape(op, "key", key, "(Tk, Hkv, D)", (None, None, dim))
     _checks.shape(op, "value", value, "(Tk, Hkv, Dv)", (key.shape[0], key.shape[1], None))
     _checks.head_groups(op, heads_q, key.shape[1])
-    window = _checks.window(op, window)
-    offsets_q = _offsets("cu_seqlens_q", cu_seqlens_q, tokens_q)
-    offsets_k = _offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0])
-    if len(offsets_q) != len(offsets_k):
-        segments_q, segments_k = len(offsets_q) - 1, len(offsets_k) - 1
+    left, right = _checks.window(op, window)
+    _check_offsets("cu_seqlens_q", cu_seqlens_q, tokens_q)
+    _check_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        segments_q, segments_k = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
         raise ValueError(f"{op}: cu_seqlens_k must have cu_seqlens_q's {segments_q} segments, got {segments_k}")
     if scale is None:
         scale = 1 / math.sqrt(dim) if dim else 1.0
-    run = _attention_varlen.choose(query, key, value).forward
-    return run(query, key, value, offsets_q, offsets_k, scale, causal, window)
+    options = Options(scale, causal, left, right, None, None, cu_seqlens_q.long(), cu_seqlens_k.long())
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return _attention_varlen.choose(query, key, value).run(query, key, value, options)[0].transpose(0, 1)
 
 
-def _offsets(name: str, offsets: Tensor, tokens: int) -> list[int]:
+def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
     op = "attention_varlen"
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
     _checks.shape(op, name, offsets, "(S + 1,)", (None,))
+    if torch.compiler.is_compiling():  # values are not known while tracing; the kernel checks them again
+        return
     values = offsets.tolist()
     if not values or values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
         shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
         raise ValueError(f"{op}: {name} must ascend from 0 to {tokens}, got {shown}")
-    return values
 
 
-class _Native:
-    """The kernel of `attention`, one call over all segments."""
-
-    def __init__(self, backend: str) -> None:
-        self.supports = NATIVE[backend].supports
-        self._call = NATIVE[backend].call
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        offsets_q: list[int],
-        offsets_k: list[int],
-        scale: float,
-        causal: bool,
-        window: tuple[int, int] | None,
-    ) -> Tensor:
-        out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
-        q, k, v, o = (x.transpose(0, 1)[None] for x in (query, key, value, out))
-        offsets = torch.tensor(offsets_q), torch.tensor(offsets_k)
-        self._call(q, k, v, o, None, None, *offsets, scale, causal, window)
-        return out
-
-
-class _Reference:
-    """`attention`'s plain PyTorch segment by segment."""
-
-    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-        return None
-
-    forward = staticmethod(reference.forward)
-
-
-_attention_varlen = _backends.Operation(
-    "attention_varlen", {**{backend: _Native(backend) for backend in NATIVE}, "reference": _Reference()}
-)
+_attention_varlen = _backends.Operation("attention_varlen", {**NATIVE, "reference": Reference()})

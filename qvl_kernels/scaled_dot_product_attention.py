@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backends
-from .attention import NATIVE
+from ._attention import NATIVE, Options
 
 _torch_own = F.scaled_dot_product_attention  # before `patch_sdpa` may put ours in its place
 
@@ -42,8 +42,8 @@ def scaled_dot_product_attention(
     Returns:
         (..., Hq, Lq, Dv) in query's dtype.
 
-    Whatever the kernels do not take (gradients, dropout, other than four dimensions, GPUs) runs torch's own function;
-    `explain().fallbacks` has the reason of the last such call.
+    Whatever the kernels do not take (dropout, other than four dimensions, a mask's gradient, GPUs) runs torch's own
+    function; `explain().fallbacks` has the reason of the last such call.
 
     Raises:
         RuntimeError, ValueError: as torch's function.
@@ -84,7 +84,7 @@ class _Native:
             return "is_causal comes with a mask, or with more queries than keys"
         if attn_mask is not None and not _fits(attn_mask, query, len_k):
             return "attn_mask does not broadcast, or is neither bool nor of query's dtype"
-        return self._attention.supports(query, key, value)
+        return self._attention.supports(query, key, value, attn_mask)
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class _Native:
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if scale is None:
             scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-        return self._attention.forward(query, key, value, scale, is_causal, None, attn_mask, None)
+        return self._attention.run(query, key, value, Options(scale, is_causal, mask=attn_mask))
 
 
 class _Torch:
@@ -128,7 +128,7 @@ def _fits(mask: Tensor, query: Tensor, len_k: int) -> bool:
     sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
     scores = (*query.shape[:3], len_k)
     broadcasts = len(sizes) == 4 and all(have in (1, want) for have, want in zip(sizes, scores))
-    return broadcasts and mask.dtype in (torch.bool, query.dtype) and not mask.requires_grad
+    return broadcasts and mask.dtype in (torch.bool, query.dtype)
 
 
 _scaled_dot_product_attention = _backends.Operation(

@@ -41,7 +41,7 @@ def test_segments_are_independent(backend, lengths_q, lengths_k, options, dtype)
     assert_close("out", ours, exact, plain, max(lengths_k) + 8, largest=largest)
 
 
-@pytest.mark.parametrize("backend", ["reference"])  # the kernels have no backward yet
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients(backend):
     q, k, v = (torch.randn(7, h, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
     offsets = offsets_of([3, 4], dtype=torch.int64)

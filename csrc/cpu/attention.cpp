@@ -6,7 +6,7 @@
 //   block   kBlockRows rows of one KV head: row r is position r / G, head r % G of its group, so that a strip of rows
 //   has
 //           nearly one causal limit and the group's heads share the packed tile
-//   tile    kTile = 128 keys. K packed as panels of two vectors of keys, [panel][D][2 N], and V as [128][Dv] stay in L2
+//   tile    kTile = 128 keys. K packed as panels of two vectors of keys and V as [128][Dv] stay in L2
 //           (64 KiB each for D = 128); the accumulators of a block are 120 KiB
 //   strip   kStrip = 6 rows: scores of 6 x 128 keys (3 KiB) stay in L1 between the two products
 //   register tile  6 x 2 vectors: 12 accumulators, 2 loads and 6 broadcasts for 12 FMAs, which hides the latency of 4 x
@@ -17,20 +17,15 @@
 //
 // Source: Dao, FlashAttention-2, 2023, section 3.1; online softmax: Milakov and Gimelshein, 2018.
 
-#include "attention.h"
-
+#include "attention_tiles.h"
 #include "dispatch.h"
 #include "parallel.h"
 
 namespace qvl::cpu {
 namespace {
 
-constexpr int kStrip = 6;
 constexpr int kTile = 128;
 constexpr int kBlockRows = 40 * kStrip;
-
-template <class A>
-constexpr int kPanel = 2 * Vec<A>::N;
 
 // Scratch of one thread, in elements of the compute type.
 struct Layout {
@@ -55,48 +50,16 @@ struct Layout {
   }
 };
 
-// s[r][j] = sum_d q[r][d] k[d][j] for one strip and one panel.
+// o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] over `keys` keys and two vectors of columns.
 template <class A>
-void score_panel(const A* q, const A* k, std::int64_t dim, A* s) {
-  using V = Vec<A>;
-  V acc[kStrip][2];
-  for (std::int64_t d = 0; d < dim; ++d) {
-    const V k0 = load(k + d * kPanel<A>), k1 = load(k + d * kPanel<A> + V::N);
-    for (int r = 0; r < kStrip; ++r) {
-      const V x(q[r * dim + d]);
-      acc[r][0] = fma(x, k0, acc[r][0]);
-      acc[r][1] = fma(x, k1, acc[r][1]);
-    }
-  }
-  for (int r = 0; r < kStrip; ++r) {
-    store(s + r * kTile, acc[r][0]);
-    store(s + r * kTile + V::N, acc[r][1]);
-  }
-}
-
-// o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for keys [begin, end) and two vectors of columns.
-template <class A>
-void add_values(const A* p, const A* v, std::int64_t v_row, std::int64_t begin, std::int64_t end, const A* shrink, A* o,
+void add_values(const A* p, const A* v, std::int64_t v_row, std::int64_t keys, const A* shrink, A* o,
                 std::int64_t o_row) {
-  using V = Vec<A>;
-  V acc[kStrip][2];
-  for (int r = 0; r < kStrip; ++r) {
-    const V x(shrink[r]);
-    acc[r][0] = load(o + r * o_row) * x;
-    acc[r][1] = load(o + r * o_row + V::N) * x;
-  }
-  for (std::int64_t j = begin; j < end; ++j) {
-    const V v0 = load(v + j * v_row), v1 = load(v + j * v_row + V::N);
-    for (int r = 0; r < kStrip; ++r) {
-      const V x(p[r * kTile + j]);
-      acc[r][0] = fma(x, v0, acc[r][0]);
-      acc[r][1] = fma(x, v1, acc[r][1]);
-    }
-  }
-  for (int r = 0; r < kStrip; ++r) {
-    store(o + r * o_row, acc[r][0]);
-    store(o + r * o_row + V::N, acc[r][1]);
-  }
+  Tile<A> acc;
+  load_tile(o, o_row, acc);
+  for (int r = 0; r < kStrip; ++r)
+    for (auto& part : acc[r]) part = part * Vec<A>(shrink[r]);
+  multiply_add<kTile, 1>(p, v, v_row, keys, acc);
+  store_tile(o, o_row, acc);
 }
 
 template <class T>
@@ -120,9 +83,10 @@ class Block {
     const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
     for (std::int64_t tile = all.begin / kTile * kTile; tile < all.end; tile += kTile) {
       const std::int64_t keys = std::min<std::int64_t>(kTile, head_.len_k - tile);
-      pack_keys(tile, keys);
-      const A* values =
-          in_place() ? reinterpret_cast<const A*>(head_.value) + tile * head_.value_row : pack_values(tile, keys);
+      pack_panels(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key);
+      const T* from = head_.value + tile * head_.value_row;
+      const A* values = in_place() ? reinterpret_cast<const A*>(from) : m_ + at_.value;
+      if (!in_place()) widen_rows(from, head_.value_row, keys, p_.value.size[3], at_.dim_v, m_ + at_.value);
       const std::int64_t value_row = in_place() ? head_.value_row : at_.dim_v;
       for (std::int64_t strip = 0; strip < strips_; ++strip) add_strip(strip, tile, keys, values, value_row);
     }
@@ -136,58 +100,14 @@ class Block {
   }
 
   void load_queries() {
-    const V scale(static_cast<A>(p_.scale * kLog2e));
+    A wide[kMaxDim];
     for (std::int64_t r = 0; r < strips_ * kStrip; ++r) {
-      A* to = m_ + at_.query + r * at_.dim;
-      widen(head_.query_of(first_ + std::min(r, count_ - 1)), at_.dim, at_.dim, to);
-      std::int64_t d = 0;
-      for (; d + V::N <= at_.dim; d += V::N) store(to + d, load(to + d) * scale);
-      for (; d < at_.dim; ++d) to[d] *= static_cast<A>(p_.scale * kLog2e);
+      widen(head_.query_of(first_ + std::min(r, count_ - 1)), at_.dim, at_.dim, wide);
+      to_strip(wide, at_.dim, static_cast<A>(p_.scale * kLog2e), r, m_ + at_.query);
     }
     std::fill_n(m_ + at_.out, strips_ * kStrip * at_.dim_v, A(0));
     std::fill_n(m_ + at_.top, strips_ * kStrip, -std::numeric_limits<A>::infinity());
     std::fill_n(m_ + at_.total, strips_ * kStrip, A(0));
-  }
-
-  // [panel][D][2 N], zeros for the keys that fill up the last panel.
-  void pack_keys(std::int64_t tile, std::int64_t keys) {
-    A wide[8][kMaxDim];
-    for (std::int64_t j = 0; j < round_up(keys, kPanel<A>); j += 8) {
-      const A* rows[8];
-      for (int i = 0; i < 8; ++i) {
-        const T* from = head_.key + (tile + j + i) * head_.key_row;
-        if (j + i >= keys) {
-          std::fill_n(wide[i], at_.dim, A(0));
-          rows[i] = wide[i];
-        } else if constexpr (std::is_same_v<T, A>) {
-          rows[i] = from;
-        } else {
-          widen(from, at_.dim, at_.dim, wide[i]);
-          rows[i] = wide[i];
-        }
-      }
-      A* to = m_ + at_.key + j / kPanel<A> * kPanel<A> * at_.dim + j % kPanel<A>;
-      transpose(rows, to);
-    }
-  }
-
-  void transpose(const A* const (&rows)[8], A* to) const {
-    std::int64_t d = 0;
-    if constexpr (std::is_same_v<A, float>)
-      for (; d + 8 <= at_.dim; d += 8) {
-        const A* from[8];
-        for (int i = 0; i < 8; ++i) from[i] = rows[i] + d;
-        transpose8x8(from, to + d * kPanel<A>, kPanel<A>);
-      }
-    for (; d < at_.dim; ++d)
-      for (int i = 0; i < 8; ++i) to[d * kPanel<A> + i] = rows[i][d];
-  }
-
-  const A* pack_values(std::int64_t tile, std::int64_t keys) {
-    A* to = m_ + at_.value;
-    for (std::int64_t j = 0; j < keys; ++j)
-      widen(head_.value + (tile + j) * head_.value_row, p_.value.size[3], at_.dim_v, to + j * at_.dim_v);
-    return to;
   }
 
   void add_strip(std::int64_t strip, std::int64_t tile, std::int64_t keys, const A* values, std::int64_t value_row) {
@@ -198,7 +118,7 @@ class Block {
     A* scores = m_ + at_.scores;
     const A* query = m_ + at_.query + row * at_.dim;
     for (std::int64_t j = begin; j < end; j += kPanel<A>)
-      score_panel(query, m_ + at_.key + j * at_.dim, at_.dim, scores + j);
+      score_panel(query, m_ + at_.key + j * at_.dim, at_.dim, scores + j, kTile);
     A shrink[kStrip];
     for (int r = 0; r < kStrip; ++r) {
       const std::int64_t padded = round_up(end, kPanel<A>);
@@ -206,7 +126,8 @@ class Block {
       shrink[r] = soften(scores + r * kTile, begin, padded, m_[at_.top + row + r], m_[at_.total + row + r]);
     }
     for (std::int64_t c = 0; c < at_.dim_v; c += kPanel<A>)
-      add_values(scores, values + c, value_row, begin, end, shrink, m_ + at_.out + row * at_.dim_v + c, at_.dim_v);
+      add_values(scores + begin, values + begin * value_row + c, value_row, end - begin, shrink,
+                 m_ + at_.out + row * at_.dim_v + c, at_.dim_v);
   }
 
   void write() {

@@ -1,9 +1,17 @@
 """Attention over packed segments in plain PyTorch: `attention` segment by segment."""
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from . import attention
+
+
+def segments(offsets_q: list[int], offsets_k: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Where each segment's queries and keys lie."""
+    return zip((slice(*ends) for ends in pairwise(offsets_q)), (slice(*ends) for ends in pairwise(offsets_k)))
 
 
 def forward(
@@ -14,21 +22,46 @@ def forward(
     offsets_k: list[int],
     scale: float,
     causal: bool,
-    window: tuple[int, int] | None,
-) -> Tensor:
-    """out[s] = softmax(scale q[s] k[s]^T) v[s]; query, key, value are (T, H, D), segment s is [offsets[s], offsets[s +
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    """out[s] = softmax(scale q[s] k[s]^T) v[s] and its log-sum-exp; (1, H, T, D), segment s is [offsets[s], offsets[s +
     1])."""
-    sizes = [(q1 - q0, k1 - k0) for q0, q1, k0, k1 in zip(offsets_q, offsets_q[1:], offsets_k, offsets_k[1:])]
-    if not sizes:
-        return query.new_zeros(0, query.shape[1], value.shape[-1])
-    if len(set(sizes)) == 1:  # frames of one video, images of one size: a batch
-        q, k, v = (x.unflatten(0, (len(sizes), -1)).transpose(1, 2) for x in (query, key, value))
-        visible = attention.visible_keys(*sizes[0], causal, window, None, query.device)
-        return attention.forward(q, k, v, scale, visible, None).transpose(1, 2).flatten(0, 1)
-    segments = []
-    lengths_q, lengths_k = ([size[i] for size in sizes] for i in (0, 1))
-    for q, k, v in zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k)):
-        visible = attention.visible_keys(q.shape[0], k.shape[0], causal, window, None, query.device)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        segments.append(attention.forward(q, k, v, scale, visible, None)[0].transpose(0, 1))
-    return torch.cat(segments)
+    sizes = {(q.stop - q.start, k.stop - k.start) for q, k in segments(offsets_q, offsets_k)}
+    if len(sizes) == 1:  # frames of one video, images of one size: a batch
+        count = len(offsets_q) - 1
+        q, k, v = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
+        visible = attention.visible_keys(*sizes.pop(), causal, left, right, None, query.device)
+        out, lse = attention.forward(q, k, v, scale, visible, None)
+        return out.transpose(0, 1).flatten(1, 2)[None], lse.transpose(0, 1).flatten(1, 2)[None]
+    results = [attention.forward(query[:, :, :0], key[:, :, :0], value[:, :, :0], scale, None, None)]
+    for i, j in segments(offsets_q, offsets_k):
+        visible = attention.visible_keys(i.stop - i.start, j.stop - j.start, causal, left, right, None, query.device)
+        results.append(attention.forward(query[:, :, i], key[:, :, j], value[:, :, j], scale, visible, None))
+    outs, lses = zip(*results)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets_q: list[int],
+    offsets_k: list[int],
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention`'s gradients segment by segment."""
+    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for i, j in segments(offsets_q, offsets_k):
+        visible = attention.visible_keys(i.stop - i.start, j.stop - j.start, causal, left, right, None, query.device)
+        saved = grad[:, :, i], query[:, :, i], key[:, :, j], value[:, :, j], out[:, :, i], lse[:, :, i]
+        part = attention.backward(*saved, scale, visible, None)
+        for whole, where, values in zip(grads, (i, j, j), part):
+            whole[:, :, where] = values
+    return grads

@@ -1,0 +1,296 @@
+// Softmax attention, backward: probabilities recomputed from the saved log-sum-exp, five products a tile.
+//
+//   P = exp(scale q k^T + mask - lse)      dV = P^T dO        delta = sum over columns of dO O
+//   dP = dO v^T                            dS = P (dP - delta)
+//   dQ = scale dS k                        dK = scale dS^T q
+//
+// Regime: arithmetic, 2 Lq Lk (3 D + 2 Dv) FLOPs a query head against 4 of the forward's two products.
+//
+//   tile    kTile = 96 keys: K^T and V^T as panels for the scores, K in rows for dQ, sums of dK and dV; for D = 128
+//   five
+//           buffers of 48 KiB that stay in L2 while the rows pass
+//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO packed as strips and in rows; P and dS of
+//           48 x 96 stay in L1 between the products
+//   bytes   a tile reads q, dO, out and reads and writes dQ once: (3 D + 2 Dv) a row against 96 (3 D + 2 Dv) FMAs
+//
+// Sums are fp32 (float64 for float64) in the outputs themselves, which Python clears before and converts after. Order
+// and threads: a head's rows and keys are cut into the same number of chunks. Step t pairs row chunk i with key chunk
+// i - t (mod chunks): no two pairs of a step share a row or a key, so all heads' pairs run at once without locks, and
+// every sum has one order whatever the number of threads.
+//
+// Source: Dao, FlashAttention-2, 2023, section 3.1, algorithm 2.
+
+#include "attention_tiles.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace qvl::cpu {
+namespace {
+
+constexpr int kTile = 96;  // whole strips (for dK, dV) and whole panels of either ISA (for the scores)
+constexpr int kRows = 8 * kStrip;
+constexpr std::int64_t kMaxChunks = 8;
+static_assert(kTile % kStrip == 0 && kTile % kPanel<float> == 0);
+
+// Scratch of one thread, in elements of the compute type.
+struct Layout {
+  std::int64_t dim, dim_v, columns, columns_v;  // D and Dv, and both rounded up to whole panels
+  std::int64_t query_strips, grad_strips, query, grad, grad_query, lse, delta;             // the rows'
+  std::int64_t key_panels, value_panels, key, grad_key, grad_value, weights, grad_scores;  // the tile's
+  std::int64_t size;
+
+  Layout(std::int64_t d, std::int64_t dv, int panel)
+      : dim(d), dim_v(dv), columns(round_up(d, panel)), columns_v(round_up(dv, panel)) {
+    std::int64_t at = 0;
+    const auto take = [&](std::int64_t n) {
+      const std::int64_t start = at;
+      at += round_up(n, 16);
+      return start;
+    };
+    query_strips = take(kRows * dim);
+    grad_strips = take(kRows * dim_v);
+    query = take(kRows * columns);
+    grad = take(kRows * columns_v);
+    grad_query = take(kRows * columns);
+    lse = take(kRows);
+    delta = take(kRows);
+    key_panels = take(kTile * dim);
+    value_panels = take(kTile * dim_v);
+    key = take(kTile * columns);
+    grad_key = take(kTile * columns);
+    grad_value = take(kTile * columns_v);
+    weights = take(kRows * kTile);
+    grad_scores = take(kRows * kTile);
+    size = at;
+  }
+};
+
+// to[i] += factor * from[i]
+template <class A>
+void add_scaled(const A* from, A factor, std::int64_t n, A* to) {
+  for (std::int64_t i = 0; i < n; ++i) to[i] += factor * from[i];
+}
+
+// One pair of chunks: the rows `rows` of one KV head's group against its keys `keys`.
+template <class T>
+class Pair {
+ public:
+  using A = Acc<T>;
+  using V = Vec<A>;
+
+  Pair(const AttentionBackwardParams& p, std::int64_t segment, std::int64_t kv_head, const Layout& at, A* scratch)
+      : p_(p.forward), head_(head_of<T>(p.forward, segment, kv_head)), at_(at), m_(scratch) {
+    const bool packed = p_.offsets_q.data != nullptr;
+    const std::int64_t q0 = packed ? p_.offsets_q.as<std::int64_t>()[segment] : 0;
+    const std::int64_t k0 = packed ? p_.offsets_k.as<std::int64_t>()[segment] : 0;
+    grad_out_ = of<const T>(p.grad_out, head_.first_head, q0);
+    grad_query_ = of<A>(p.grad_query, head_.first_head, q0);
+    grad_key_ = of<A>(p.grad_key, kv_head, k0);
+    grad_value_ = of<A>(p.grad_value, kv_head, k0);
+  }
+
+  void run(Range rows, Range keys) {
+    for (std::int64_t tile = keys.begin; tile < keys.end; tile += kTile) {
+      const std::int64_t width = std::min<std::int64_t>(kTile, keys.end - tile);
+      bool loaded = false;
+      for (std::int64_t first = rows.begin; first < rows.end; first += kRows) {
+        const std::int64_t count = std::min<std::int64_t>(kRows, rows.end - first);
+        if (range(first).begin >= tile + width || range(first + count - 1).end <= tile) continue;  // limits rise
+        if (!loaded) load_keys(tile, width);
+        loaded = true;
+        load_rows(first, count);
+        for (std::int64_t strip = 0; strip < kRows; strip += kStrip) scores(strip, first, count, tile, width);
+        add_to_keys(width);
+        store_rows(first, count);
+      }
+      if (loaded) store_keys(tile, width);
+    }
+  }
+
+  std::int64_t rows() const { return head_.rows(); }
+  std::int64_t keys() const { return head_.len_k; }
+
+ private:
+  // Rows of a gradient: row r of the group, or key j, of this head and segment.
+  template <class U>
+  struct Rows {
+    U* data;
+    std::int64_t row, head;
+  };
+  template <class U>
+  Rows<U> of(const TensorView& t, std::int64_t head, std::int64_t first) const {
+    return {t.as<U>() + head_.batch * t.stride[0] + head * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[1]};
+  }
+  template <class U>
+  U* row_of(const Rows<U>& t, std::int64_t row) const {
+    return t.data + row / head_.group * t.row + row % head_.group * t.head;
+  }
+  Range range(std::int64_t row) const { return visible(p_, head_.position(row), head_.len_k); }
+
+  void load_keys(std::int64_t tile, std::int64_t width) {
+    const T *key = head_.key + tile * head_.key_row, *value = head_.value + tile * head_.value_row;
+    pack_panels(key, head_.key_row, width, at_.dim, m_ + at_.key_panels);
+    pack_panels(value, head_.value_row, width, at_.dim_v, m_ + at_.value_panels);
+    widen_rows(key, head_.key_row, width, at_.dim, at_.columns, m_ + at_.key);
+    std::fill_n(m_ + at_.grad_key, kTile * at_.columns, A(0));
+    std::fill_n(m_ + at_.grad_value, kTile * at_.columns_v, A(0));
+  }
+
+  // Rows beyond `count` fill up the last strip: their lse makes all their probabilities zero.
+  void load_rows(std::int64_t first, std::int64_t count) {
+    constexpr A kNone = std::numeric_limits<A>::infinity();
+    A out[kMaxDim];
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      A *query = m_ + at_.query + r * at_.columns, *grad = m_ + at_.grad + r * at_.columns_v;
+      A &lse = m_[at_.lse + r], &delta = m_[at_.delta + r];
+      lse = kNone, delta = 0;
+      if (r < count) {
+        const std::int64_t position = (first + r) / head_.group, of_group = (first + r) % head_.group;
+        widen(head_.query_of(first + r), at_.dim, at_.columns, query);
+        widen(static_cast<const T*>(row_of(grad_out_, first + r)), at_.dim_v, at_.columns_v, grad);
+        widen(static_cast<const T*>(head_.out) + position * head_.out_row + of_group * head_.out_head, at_.dim_v,
+              at_.dim_v, out);
+        for (std::int64_t c = 0; c < at_.dim_v; ++c) delta += grad[c] * out[c];
+        const A saved = head_.lse[of_group * head_.lse_head + position];
+        if (saved != -kNone) lse = saved * static_cast<A>(kLog2e);  // -inf: the row saw no key
+      } else {
+        std::fill_n(query, at_.columns, A(0));
+        std::fill_n(grad, at_.columns_v, A(0));
+      }
+      to_strip(query, at_.dim, static_cast<A>(p_.scale * kLog2e), r, m_ + at_.query_strips);
+      to_strip(grad, at_.dim_v, A(1), r, m_ + at_.grad_strips);
+    }
+    std::fill_n(m_ + at_.grad_query, kRows * at_.columns, A(0));
+  }
+
+  // P and dS of one strip of rows, and dQ += dS K.
+  void scores(std::int64_t strip, std::int64_t first, std::int64_t count, std::int64_t tile, std::int64_t width) {
+    A *weights = m_ + at_.weights + strip * kTile, *grads = m_ + at_.grad_scores + strip * kTile;
+    Range& seen = seen_[strip / kStrip];
+    seen = {0, 0};
+    if (strip < count) {
+      const std::int64_t last = std::min(strip + kStrip, count) - 1;
+      seen.begin = std::clamp<std::int64_t>(range(first + strip).begin - tile, 0, width) / kPanel<A> * kPanel<A>;
+      seen.end = std::clamp<std::int64_t>(range(first + last).end - tile, seen.begin, width);
+    }
+    const std::int64_t begin = seen.begin, end = seen.end, padded = round_up(end, kPanel<A>);
+    for (std::int64_t j = begin; j < end; j += kPanel<A>) {
+      score_panel(m_ + at_.query_strips + strip * at_.dim, m_ + at_.key_panels + j * at_.dim, at_.dim, weights + j,
+                  kTile);
+      score_panel(m_ + at_.grad_strips + strip * at_.dim_v, m_ + at_.value_panels + j * at_.dim_v, at_.dim_v, grads + j,
+                  kTile);
+    }
+    for (int r = 0; r < kStrip; ++r) {
+      A *p = weights + r * kTile, *ds = grads + r * kTile;
+      if (end > begin) hide(p_, head_, first + std::min(strip + r, count - 1), tile, {begin, end}, padded, p);
+      const V lse(m_[at_.lse + strip + r]), delta(m_[at_.delta + strip + r]);
+      for (std::int64_t j = begin; j < padded; j += V::N) {
+        const V e = exp2_of_nonpositive(load(p + j) - lse);
+        store(p + j, e);
+        store(ds + j, e * (load(ds + j) - delta));
+      }
+      for (A* row : {p, ds}) {  // what was not computed, for the strips of keys that reach over it
+        std::fill(row, row + begin, A(0));
+        std::fill(row + (end > begin ? padded : begin), row + kTile, A(0));
+      }
+    }
+    if (end == begin) return;
+    for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>) {
+      A* to = m_ + at_.grad_query + strip * at_.columns + c;
+      Tile<A> acc;
+      multiply_add<kTile, 1>(grads + begin, m_ + at_.key + begin * at_.columns + c, at_.columns, end - begin, acc);
+      store_tile(to, at_.columns, acc);
+    }
+  }
+
+  // dV += P^T dO and dK += dS^T Q over the rows of the block, six keys at a time, from the strips that see them.
+  void add_to_keys(std::int64_t width) {
+    for (std::int64_t j = 0; j < width; j += kStrip) {
+      std::int64_t from = 0, to = kRows / kStrip;
+      while (from < to && seen_[from].end <= j) ++from;
+      while (from < to && seen_[to - 1].begin >= j + kStrip) --to;
+      from *= kStrip, to *= kStrip;
+      add_product(at_.weights, at_.grad, at_.columns_v, j, {from, to}, at_.grad_value);
+      add_product(at_.grad_scores, at_.query, at_.columns, j, {from, to}, at_.grad_key);
+    }
+  }
+
+  void add_product(std::int64_t scores, std::int64_t rows, std::int64_t columns, std::int64_t key, Range range,
+                   std::int64_t sums) {
+    for (std::int64_t c = 0; c < columns; c += kPanel<A>) {
+      A* to = m_ + sums + key * columns + c;
+      Tile<A> acc;
+      load_tile(to, columns, acc);
+      multiply_add<1, kTile>(m_ + scores + range.begin * kTile + key, m_ + rows + range.begin * columns + c, columns,
+                             range.end - range.begin, acc);
+      store_tile(to, columns, acc);
+    }
+  }
+
+  void store_rows(std::int64_t first, std::int64_t count) {
+    for (std::int64_t r = 0; r < count; ++r)
+      add_scaled(m_ + at_.grad_query + r * at_.columns, static_cast<A>(p_.scale), at_.dim,
+                 row_of(grad_query_, first + r));
+  }
+
+  void store_keys(std::int64_t tile, std::int64_t width) {
+    for (std::int64_t j = 0; j < width; ++j) {
+      add_scaled(m_ + at_.grad_key + j * at_.columns, static_cast<A>(p_.scale), at_.dim,
+                 grad_key_.data + (tile + j) * grad_key_.row);
+      add_scaled(m_ + at_.grad_value + j * at_.columns_v, A(1), at_.dim_v,
+                 grad_value_.data + (tile + j) * grad_value_.row);
+    }
+  }
+
+  const AttentionParams& p_;
+  const Head<T> head_;
+  const Layout& at_;
+  A* const m_;
+  Rows<const T> grad_out_{};
+  Rows<A> grad_query_{}, grad_key_{}, grad_value_{};
+  Range seen_[kRows / kStrip];  // by each strip of rows, in keys of the tile
+};
+
+// Chunk `index` of `chunks` of [0, n), in whole multiples of `step`.
+Range chunk_of(std::int64_t n, std::int64_t chunks, std::int64_t index, std::int64_t step) {
+  const std::int64_t size = round_up((n + chunks - 1) / chunks, step);
+  return {std::min(n, index * size), std::min(n, (index + 1) * size)};
+}
+
+template <class T>
+void backward(const AttentionBackwardParams& p) {
+  using A = Acc<T>;
+  const AttentionParams& f = p.forward;
+  const Layout at(f.query.size[3], f.value.size[3], kPanel<A>);
+  const std::int64_t kv_heads = f.key.size[1];
+  const std::int64_t segments = f.offsets_q.data ? f.offsets_q.size[0] - 1 : f.query.size[0];
+  const std::int64_t heads = segments * kv_heads;
+  const std::int64_t workers = f.scratch.numel() / (at.size * static_cast<std::int64_t>(sizeof(A)));
+  std::int64_t chunks = 1;  // by the shapes alone; a chunk is worth packing keys for
+  for (std::int64_t s = 0; s < segments; ++s) {
+    const Head<T> head = head_of<T>(f, s, 0);
+    chunks = std::max(chunks, std::min({head.rows() / (4 * kRows), head.len_k / (2 * kTile), kMaxChunks}));
+  }
+  const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
+  for (std::int64_t step = 0; step < chunks; ++step)
+    parallel_tasks(heads * chunks, work, workers, [&](std::int64_t task, std::int64_t worker) {
+      const std::int64_t head = task % heads, rows = chunks - 1 - task / heads;
+      Pair<T> pair(p, head / kv_heads, head % kv_heads, at, f.scratch.as<A>() + worker * at.size);
+      pair.run(chunk_of(pair.rows(), chunks, rows, kRows),
+               chunk_of(pair.keys(), chunks, (rows - step + chunks) % chunks, kTile));
+    });
+}
+
+}  // namespace
+
+std::int64_t attention_backward_scratch_bytes(const AttentionParams& p, std::int64_t threads) {
+  const bool wide = p.query.dtype == DType::f64;
+  const Layout at(p.query.size[3], p.value.size[3], wide ? kPanel<double> : kPanel<float>);
+  return threads * at.size * (wide ? 8 : 4);
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+  with_storage_type(p.forward.query.dtype, [&](auto t) { backward<decltype(t)>(p); });
+}
+
+}  // namespace qvl::cpu
