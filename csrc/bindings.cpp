@@ -66,14 +66,13 @@ bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
 }
 
-using Window = std::pair<std::int64_t, std::int64_t>;
-
 // What forward and backward have in common, checked.
 AttentionParams attention_params(const TensorView& query, const TensorView& key, const TensorView& value,
                                  const TensorView& out, const Optional& lse, const Optional& mask,
                                  const Optional& key_lengths, const Optional& offsets_q, const Optional& offsets_k,
-                                 const TensorView& scratch, double scale, bool causal, Window window) {
-  AttentionParams p{query, key, value, {}, {}, {}, {}, out, {}, scratch, scale, causal, window.first, window.second};
+                                 const TensorView& scratch, double scale, bool causal, std::int64_t left,
+                                 std::int64_t right) {
+  AttentionParams p{query, key, value, {}, {}, {}, {}, out, {}, scratch, scale, causal, left, right};
   require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "attention: tensors");
   const std::int64_t batch = query.size[0], heads = query.size[1], len_q = query.size[2], dim = query.size[3];
   const std::int64_t kv_heads = key.size[1], len_k = key.size[2], dim_v = value.size[3];
@@ -111,23 +110,30 @@ AttentionParams attention_params(const TensorView& query, const TensorView& key,
   return p;
 }
 
-void attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-               const Optional& lse, const Optional& mask, const Optional& key_lengths, const Optional& offsets_q,
-               const Optional& offsets_k, const TensorView& scratch, double scale, bool causal, Window window) {
+std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
+
+// Both answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
+std::int64_t attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
+                       const Optional& lse, const Optional& mask, const Optional& key_lengths,
+                       const Optional& offsets_q, const Optional& offsets_k, const TensorView& scratch, double scale,
+                       bool causal, std::int64_t left, std::int64_t right) {
   const AttentionParams p = attention_params(query, key, value, out, lse, mask, key_lengths, offsets_q, offsets_k,
-                                             scratch, scale, causal, window);
-  require(scratch.numel() >= cpu::attention_scratch_bytes(p, 1), "attention: scratch");
+                                             scratch, scale, causal, left, right);
+  const std::int64_t needed = cpu::attention_scratch_bytes(p, threads());
+  if (needed > scratch.numel()) return needed;
   py::gil_scoped_release release;
   cpu::attention(p);
+  return 0;
 }
 
-void attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
-                        const TensorView& grad_value, const TensorView& query, const TensorView& key,
-                        const TensorView& value, const TensorView& out, const TensorView& lse, const Optional& mask,
-                        const Optional& key_lengths, const Optional& offsets_q, const Optional& offsets_k,
-                        const TensorView& scratch, double scale, bool causal, Window window) {
+std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
+                                const TensorView& grad_value, const TensorView& query, const TensorView& key,
+                                const TensorView& value, const TensorView& out, const TensorView& lse,
+                                const Optional& mask, const Optional& key_lengths, const Optional& offsets_q,
+                                const Optional& offsets_k, const TensorView& scratch, double scale, bool causal,
+                                std::int64_t left, std::int64_t right) {
   AttentionBackwardParams p{attention_params(query, key, value, out, lse, mask, key_lengths, offsets_q, offsets_k,
-                                             scratch, scale, causal, window),
+                                             scratch, scale, causal, left, right),
                             grad_out, grad_query, grad_key, grad_value};
   const auto beside = [](const TensorView& grad, const TensorView& of, DType dtype) {
     return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
@@ -137,12 +143,12 @@ void attention_backward(const TensorView& grad_out, const TensorView& grad_query
   require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
   require(beside(grad_query, query, wide), "attention_backward: grad_query");
   require(beside(grad_key, key, wide) && beside(grad_value, value, wide), "attention_backward: grad_key, grad_value");
-  require(scratch.numel() >= cpu::attention_backward_scratch_bytes(p.forward, 1), "attention_backward: scratch");
+  const std::int64_t needed = cpu::attention_backward_scratch_bytes(p.forward, threads());
+  if (needed > scratch.numel()) return needed;
   py::gil_scoped_release release;
   cpu::attention_backward(p);
+  return 0;
 }
-
-std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
 
 }  // namespace
 }  // namespace qvl
@@ -152,19 +158,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("rms_norm", &qvl::rms_norm);
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
   m.def("attention", &qvl::attention);
-  m.def("attention_scratch_bytes",
-        [](const qvl::TensorView& query, const qvl::TensorView& key, const qvl::TensorView& value, bool packed) {
-          qvl::AttentionParams p{};
-          p.query = query, p.key = key, p.value = value;
-          if (packed) p.offsets_q = key;  // only asked whether it is there
-          return qvl::cpu::attention_scratch_bytes(p, qvl::threads());
-        });
   m.def("attention_backward", &qvl::attention_backward);
-  m.def("attention_backward_scratch_bytes", [](const qvl::TensorView& query, const qvl::TensorView& value) {
-    qvl::AttentionParams p{};
-    p.query = query, p.value = value;
-    return qvl::cpu::attention_backward_scratch_bytes(p, qvl::threads());
-  });
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
   m.def("max_threads", &qvl::threads);
 }

@@ -7,6 +7,7 @@ Packed segments are one row of a batch, (1, H, T, D), with offsets.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +109,7 @@ class Native:
         query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
         out = _rows_like(query, value.shape[-1], query.dtype)
         lse = query.new_empty(query.shape[:3], dtype=_wide(query.dtype)) if save_lse else None
-        scratch = self._scratch(module.attention_scratch_bytes(query, key, value, options.offsets_q is not None))
-        module.attention(query, key, value, out, lse, *_for_kernel(query, key, options, scratch))
+        self._call(module.attention, query, key, options, query, key, value, out, lse)
         return out, lse
 
     def backward(
@@ -119,40 +119,37 @@ class Native:
         dtype = query.dtype
         grad, query, key, value, out = (_unit_stride(x) for x in (grad, query, key, value, out))
         grads = tuple(_rows_like(x, x.shape[-1], lse.dtype).zero_() for x in (query, key, value))
-        scratch = self._scratch(module.attention_backward_scratch_bytes(query, value))
         saved = query, key, value, out, lse.contiguous()
-        module.attention_backward(grad, *grads, *saved, *_for_kernel(query, key, options, scratch))
+        self._call(module.attention_backward, query, key, options, grad, *grads, *saved)
         grad_query, grad_key, grad_value = (x.to(dtype) for x in grads)
         return grad_query, grad_key, grad_value
 
-    def _scratch(self, nbytes: int) -> Tensor:
-        buffer = getattr(self._memory, "buffer", None)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._memory.buffer = torch.empty(nbytes, dtype=torch.uint8)
-        return buffer
-
-
-def _for_kernel(query: Tensor, key: Tensor, options: Options, scratch: Tensor) -> tuple[Any, ...]:
-    """The kernels' arguments after the tensors."""
-    scale, causal, left, right, mask, lengths, offsets_q, offsets_k = options
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            mask = mask.to(_wide(query.dtype))
-        mask = mask.expand(*query.shape[:3], key.shape[2])
-    if lengths is not None:
-        lengths = lengths.long()
-    return mask, lengths, offsets_q, offsets_k, scratch, scale, causal, (left, right)
+    def _call(self, kernel: Callable[..., int], query: Tensor, key: Tensor, options: Options, *tensors: Any) -> None:
+        """Runs the kernel. It answers with 0, or with the bytes of scratch memory that it needs more than it got."""
+        scale, causal, left, right, mask, lengths, offsets_q, offsets_k = options
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                mask = mask.to(_wide(query.dtype))
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        if lengths is not None:
+            lengths = lengths.long()
+        scratch = getattr(self._memory, "buffer", None)
+        if scratch is None:
+            scratch = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
+        while needed := kernel(*tensors, mask, lengths, offsets_q, offsets_k, scratch, scale, causal, left, right):
+            scratch = self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
 
 
 def _rows_like(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Empty (B, H, L, channels), in memory (B, L, H, channels): what follows attention in a model is
     transpose(1, 2).reshape, which is then free."""
     batch, heads, length, _ = x.shape
-    return x.new_empty((batch, length, heads, channels), dtype=dtype).transpose(1, 2)
+    strides = length * heads * channels, channels, heads * channels, 1
+    return torch.empty_strided((batch, heads, length, channels), strides, dtype=dtype, device=x.device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -49,8 +49,12 @@ def shape(op: str, name: str, tensor: Tensor, letters: str, expected: Sequence[i
         ValueError: it has not; the message gives both.
     """
     actual = tensor.shape
-    if len(actual) == len(expected) and all(want is None or want == have for want, have in zip(expected, actual)):
-        return
+    if len(actual) == len(expected):
+        for want, have in zip(expected, actual):
+            if want is not None and want != have:
+                break
+        else:
+            return
     wanted = ", ".join("*" if want is None else str(want) for want in expected)
     wanted += "," if len(expected) == 1 else ""
     raise ValueError(f"{op}: {name} must have shape {letters} = ({wanted}), got {tuple(actual)}")

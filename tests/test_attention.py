@@ -155,6 +155,23 @@ def visible_mask(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return everything.tril(k.shape[2] - q.shape[2]) if causal else everything
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_that_rise_from_tile_to_tile(backend, dtype):
+    """The largest score of the first tile does not serve as the shift of the exponentials: later ones are far above."""
+    q, k, v = qkv(1, 2, 1, 40, 900, 16, dtype=dtype, device=device_of(backend))
+    k *= torch.logspace(-1, 1.5, 900, dtype=dtype, device=k.device).view(-1, 1)
+    mask = torch.zeros(40, 900, dtype=dtype, device=k.device)
+    mask[::2, :450] = -1e9  # "hidden" by a finite number
+    mask[1::2, :300] = -torch.inf
+    for options in ({}, {"mask": mask}):
+        with on(backend):
+            ours = attention(q, k, v, **options)
+        exact = reference.forward(q.double(), k.double(), v.double(), 0.25, None, options.get("mask"))[0]
+        score = (q.double() @ k.double().transpose(-1, -2) / 4).abs().max().item()
+        assert_close("out", ours, exact, ours, 16 + 900, largest=score * v.abs().max().item())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_finite_values_are_not_hidden(backend):
     q, k, v = qkv(1, 2, 2, 4, 40, 8, device=device_of(backend))

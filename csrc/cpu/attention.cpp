@@ -1,16 +1,16 @@
 // Softmax attention, forward: tiles of keys, online softmax, grouped heads, causal and windowed work skipped.
 //
-// Regime: arithmetic (prompts, images). Per query row and key 2 (D + Dv) FLOPs; per tile of keys, K is packed and V, if
-// it has to be converted, once for all rows of a block:
+// Regime: arithmetic (prompts, images). Per query row and key 2 (D + Dv) FLOPs. A tile of keys is packed once for all
+// rows of a block:
 //
 //   block   kBlockRows rows of one KV head: row r is position r / G, head r % G of its group, so that a strip of rows
-//   has
-//           nearly one causal limit and the group's heads share the packed tile
-//   tile    kTile = 128 keys. K packed as panels of two vectors of keys and V as [128][Dv] stay in L2
-//           (64 KiB each for D = 128); the accumulators of a block are 120 KiB
-//   strip   kStrip = 6 rows: scores of 6 x 128 keys (3 KiB) stay in L1 between the two products
-//   register tile  6 x 2 vectors: 12 accumulators, 2 loads and 6 broadcasts for 12 FMAs, which hides the latency of 4 x
-//   2
+//           has nearly one causal limit and the group's heads share the packed tile
+//   tile    kTile = 128 keys, K transposed and V by columns (attention_tiles.h), 64 KiB each for D = 128, in L2 with
+//           the block's sums of 120 KiB
+//   group   kGroup strips pass one panel of K, then of V, while it is in L1: their scores (24 x 128, 12 KiB) stay there
+//           between the two products, and L2 is read once a group instead of once a strip (64 B a cycle is what one
+//           strip of D = 64 would ask for on AVX-512)
+//   strip   6 rows x 2 vectors, the register tile
 //
 // Bytes of a block: q and out once, K and V once per block instead of once per row; the scores never leave L1.
 // Only panels that a row limit crosses are masked; panels and tiles that no row sees are skipped.
@@ -24,43 +24,32 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int kTile = 128;
-constexpr int kBlockRows = 40 * kStrip;
+constexpr int kTile = 192;
+constexpr int kGroup = 4;
+constexpr int kBlockRows = 10 * kGroup * kStrip;
 
 // Scratch of one thread, in elements of the compute type.
 struct Layout {
-  std::int64_t dim, dim_v;  // D, and Dv rounded up to whole panels
+  std::int64_t dim, columns;  // D, and Dv rounded up to whole panels
   std::int64_t query, out, key, value, scores, top, total, size;
 
-  Layout(std::int64_t d, std::int64_t dv, int panel) : dim(d), dim_v(round_up(dv, panel)) {
+  Layout(std::int64_t d, std::int64_t dv, int panel) : dim(d), columns(round_up(dv, panel)) {
     std::int64_t at = 0;
     const auto take = [&](std::int64_t n) {
       const std::int64_t start = at;
       at += round_up(n, 16);
       return start;
     };
-    query = take(kBlockRows * dim);
-    out = take(kBlockRows * dim_v);
+    query = take(kBlockRows * dim + kStripSlack);
+    out = take(kBlockRows * columns);
     key = take(kTile * dim);
-    value = take(kTile * dim_v);
-    scores = take(kStrip * kTile);
+    value = take(kTile * columns);
+    scores = take(kGroup * kStrip * kTile);
     top = take(kBlockRows);
-    total = take(kBlockRows);
+    total = take(kBlockRows * panel / 2);
     size = at;
   }
 };
-
-// o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] over `keys` keys and two vectors of columns.
-template <class A>
-void add_values(const A* p, const A* v, std::int64_t v_row, std::int64_t keys, const A* shrink, A* o,
-                std::int64_t o_row) {
-  Tile<A> acc;
-  load_tile(o, o_row, acc);
-  for (int r = 0; r < kStrip; ++r)
-    for (auto& part : acc[r]) part = part * Vec<A>(shrink[r]);
-  multiply_add<kTile, 1>(p, v, v_row, keys, acc);
-  store_tile(o, o_row, acc);
-}
 
 template <class T>
 class Block {
@@ -83,56 +72,133 @@ class Block {
     const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
     for (std::int64_t tile = all.begin / kTile * kTile; tile < all.end; tile += kTile) {
       const std::int64_t keys = std::min<std::int64_t>(kTile, head_.len_k - tile);
-      pack_panels(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key);
-      const T* from = head_.value + tile * head_.value_row;
-      const A* values = in_place() ? reinterpret_cast<const A*>(from) : m_ + at_.value;
-      if (!in_place()) widen_rows(from, head_.value_row, keys, p_.value.size[3], at_.dim_v, m_ + at_.value);
-      const std::int64_t value_row = in_place() ? head_.value_row : at_.dim_v;
-      for (std::int64_t strip = 0; strip < strips_; ++strip) add_strip(strip, tile, keys, values, value_row);
+      pack_transposed(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key);
+      for (std::int64_t j = 0; j < keys; ++j)
+        to_panels(head_.value + (tile + j) * head_.value_row, p_.value.size[3], j, kTile, m_ + at_.value);
+      for (std::int64_t strip = 0; strip < strips_; strip += kGroup) add_group(strip, tile, keys);
     }
     write();
   }
 
  private:
   Range range(std::int64_t row) const { return visible(p_, head_.position(first_ + row), head_.len_k); }
-  bool in_place() const {
-    return std::is_same_v<T, A> && head_.value_row >= at_.dim_v && p_.value.size[3] == at_.dim_v;
-  }
 
   void load_queries() {
-    A wide[kMaxDim];
-    for (std::int64_t r = 0; r < strips_ * kStrip; ++r) {
-      widen(head_.query_of(first_ + std::min(r, count_ - 1)), at_.dim, at_.dim, wide);
-      to_strip(wide, at_.dim, static_cast<A>(p_.scale * kLog2e), r, m_ + at_.query);
+    const V scale(static_cast<A>(p_.scale * kLog2e));
+    A rows[kStrip][kMaxDim];
+    for (std::int64_t strip = 0; strip < strips_; ++strip) {
+      for (int r = 0; r < kStrip; ++r) {
+        widen(head_.query_of(first_ + std::min(strip * kStrip + r, count_ - 1)), at_.dim, at_.dim, rows[r]);
+        multiply(rows[r], scale, at_.dim);
+      }
+      to_strip(rows[0], kMaxDim, at_.dim, m_ + at_.query + strip * kStrip * at_.dim);
     }
-    std::fill_n(m_ + at_.out, strips_ * kStrip * at_.dim_v, A(0));
+    std::fill_n(m_ + at_.out, strips_ * kStrip * at_.columns, A(0));
     std::fill_n(m_ + at_.top, strips_ * kStrip, -std::numeric_limits<A>::infinity());
-    std::fill_n(m_ + at_.total, strips_ * kStrip, A(0));
+    std::fill_n(m_ + at_.total, strips_ * kStrip * V::N, A(0));
   }
 
-  void add_strip(std::int64_t strip, std::int64_t tile, std::int64_t keys, const A* values, std::int64_t value_row) {
+  // The tile's keys that a strip sees, from a whole panel on.
+  Range seen_by(std::int64_t strip, std::int64_t tile, std::int64_t keys) const {
     const std::int64_t row = strip * kStrip, last = std::min(row + kStrip, count_) - 1;
     const std::int64_t begin = std::max<std::int64_t>(range(row).begin - tile, 0) / kPanel<A> * kPanel<A>;
-    const std::int64_t end = std::min(range(last).end - tile, keys);
-    if (begin >= end) return;
-    A* scores = m_ + at_.scores;
-    const A* query = m_ + at_.query + row * at_.dim;
-    for (std::int64_t j = begin; j < end; j += kPanel<A>)
-      score_panel(query, m_ + at_.key + j * at_.dim, at_.dim, scores + j, kTile);
-    A shrink[kStrip];
-    for (int r = 0; r < kStrip; ++r) {
-      const std::int64_t padded = round_up(end, kPanel<A>);
-      hide(p_, head_, first_ + std::min(row + r, count_ - 1), tile, {begin, end}, padded, scores + r * kTile);
-      shrink[r] = soften(scores + r * kTile, begin, padded, m_[at_.top + row + r], m_[at_.total + row + r]);
+    return {begin, std::max(begin, std::min(range(last).end - tile, keys))};
+  }
+
+  void add_group(std::int64_t first_strip, std::int64_t tile, std::int64_t keys) {
+    const int strips = static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - first_strip));
+    Range seen[kGroup];
+    for (int s = 0; s < strips; ++s) seen[s] = seen_by(first_strip + s, tile, keys);
+    A* const scores = m_ + at_.scores;
+    for (std::int64_t j = seen[0].begin; j < seen[strips - 1].end; j += kPanel<A>)
+      for (int s = 0; s < strips; ++s)
+        if (j >= seen[s].begin && j < seen[s].end) score(first_strip + s, j, scores + s * kStrip * kTile);
+    A shrink[kGroup * kStrip];
+    for (int s = 0; s < strips; ++s)
+      if (seen[s].begin < seen[s].end)
+        soften_strip(first_strip + s, tile, seen[s], scores + s * kStrip * kTile, shrink + s * kStrip);
+    for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>)
+      for (int s = 0; s < strips; ++s)
+        if (seen[s].begin < seen[s].end)
+          add_values(scores + s * kStrip * kTile, seen[s], m_ + at_.value + c * kTile, shrink + s * kStrip,
+                     m_ + at_.out + (first_strip + s) * kStrip * at_.columns + c * kStrip);
+  }
+
+  void score(std::int64_t strip, std::int64_t j, A* scores) const {
+    score_panel(m_ + at_.query + strip * kStrip * at_.dim, m_ + at_.key + j * at_.dim, at_.dim, scores + j, kTile);
+  }
+
+  void hide_strip(std::int64_t strip, std::int64_t tile, Range seen, A* scores) const {
+    const std::int64_t row = strip * kStrip, last = std::min(row + kStrip, count_) - 1;
+    const std::int64_t padded = round_up(seen.end, kPanel<A>);
+    if (head_.mask == nullptr && range(last).begin <= tile + seen.begin && range(row).end >= tile + padded) return;
+    for (int r = 0; r < kStrip; ++r)
+      hide(p_, head_, first_ + std::min(row + r, count_ - 1), tile, seen, padded, scores + r * kTile);
+  }
+
+  // Scores to 2^(score - top). `top` has to be near the largest score, not equal to it: sums are relative to it, and
+  // floating point does not mind a common factor. So the largest score of a strip's first tile serves until a tile's
+  // sum passes 2^16, and the later tiles spend nothing on maxima.
+  void soften_strip(std::int64_t strip, std::int64_t tile, Range seen, A* scores, A* shrink) {
+    hide_strip(strip, tile, seen, scores);
+    const A* const tops = m_ + at_.top + strip * kStrip;
+    if (*std::min_element(tops, tops + kStrip) > -std::numeric_limits<A>::infinity()) {
+      std::fill_n(shrink, kStrip, A(1));
+      if (soften_relative(strip, seen, scores)) return;
+      for (std::int64_t j = seen.begin; j < seen.end; j += kPanel<A>) score(strip, j, scores);  // they are gone
+      hide_strip(strip, tile, seen, scores);
     }
-    for (std::int64_t c = 0; c < at_.dim_v; c += kPanel<A>)
-      add_values(scores + begin, values + begin * value_row + c, value_row, end - begin, shrink,
-                 m_ + at_.out + row * at_.dim_v + c, at_.dim_v);
+    for (int r = 0; r < kStrip; ++r) {
+      A& top = m_[at_.top + strip * kStrip + r];
+      A* const lanes = m_ + at_.total + (strip * kStrip + r) * V::N;
+      A added = 0;
+      shrink[r] = soften(scores + r * kTile, seen.begin, round_up(seen.end, kPanel<A>), top, added);
+      V total = load(lanes) * V(shrink[r]);
+      store(lanes, total);
+      lanes[0] += added;
+    }
+  }
+
+  // With the tops as they are; false, and nothing but the scores changed, where they will not do.
+  bool soften_relative(std::int64_t strip, Range seen, A* scores) {
+    V added[kStrip], largest;
+    for (int r = 0; r < kStrip; ++r) {
+      const V shift(m_[at_.top + strip * kStrip + r]), most(A(127));
+      for (std::int64_t j = seen.begin; j < round_up(seen.end, kPanel<A>); j += V::N) {
+        const V e = exp2_to_127(min(most, load(scores + r * kTile + j) - shift));  // in this order a NaN stays
+        store(scores + r * kTile + j, e);
+        added[r] = added[r] + e;
+      }
+      largest = max(added[r], largest);  // a NaN is not kept
+    }
+    if (any_above(largest, V(A(65536)))) return false;
+    for (int r = 0; r < kStrip; ++r) {
+      A* const total = m_ + at_.total + (strip * kStrip + r) * V::N;
+      store(total, load(total) + added[r]);
+    }
+    return true;
+  }
+
+  // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for one strip and one panel of columns.
+  static void add_values(const A* p, Range keys, const A* values, const A* shrink, A* o) {
+    Tile<A> acc;
+    load_tile(o, kPanel<A>, acc);
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r) {
+      acc[r][0] = acc[r][0] * V(shrink[r]);
+      acc[r][1] = acc[r][1] * V(shrink[r]);
+    }
+    multiply_add<kTile, 1>(p + keys.begin, values + keys.begin * kPanel<A>, keys.end - keys.begin, acc);
+    store_tile(o, kPanel<A>, acc);
   }
 
   void write() {
-    for (std::int64_t r = 0; r < count_; ++r)
-      write_row(head_, first_ + r, p_.value.size[3], m_ + at_.out + r * at_.dim_v, m_[at_.top + r], m_[at_.total + r]);
+    A row[kMaxDim];
+    for (std::int64_t r = 0; r < count_; ++r) {
+      const A* from = m_ + at_.out + r / kStrip * kStrip * at_.columns + r % kStrip * kPanel<A>;
+      for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>) std::copy_n(from + c * kStrip, kPanel<A>, row + c);
+      write_row(head_, first_ + r, p_.value.size[3], row, m_[at_.top + r], sum(load(m_ + at_.total + r * V::N)));
+    }
   }
 
   const AttentionParams& p_;

@@ -127,11 +127,11 @@ A soften(A* scores, std::int64_t begin, std::int64_t padded, A& top, A& total) {
   const V shift(safe);
   V added;
   for (std::int64_t j = begin; j < padded; j += V::N) {
-    const V e = exp2_of_nonpositive(load(scores + j) - shift);
+    const V e = exp2_to_127(load(scores + j) - shift);
     store(scores + j, e);
     added = added + e;
   }
-  const A shrink = std::exp2(top - safe);
+  const A shrink = first(exp2_to_127(V(top - safe)));
   total = total * shrink + sum(added);
   top = now;
   return shrink;

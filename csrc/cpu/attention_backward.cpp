@@ -6,11 +6,11 @@
 //
 // Regime: arithmetic, 2 Lq Lk (3 D + 2 Dv) FLOPs a query head against 4 of the forward's two products.
 //
-//   tile    kTile = 96 keys: K^T and V^T as panels for the scores, K in rows for dQ, sums of dK and dV; for D = 128
+//   tile    kTile = 96 keys: K and V transposed for the scores, K by columns for dQ, sums of dK and dV; for D = 128
 //   five
 //           buffers of 48 KiB that stay in L2 while the rows pass
-//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO packed as strips and in rows; P and dS of
-//           48 x 96 stay in L1 between the products
+//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns; P and dS of
+//           48 x 96 (36 KiB) go from product to product; every panel is in L1 while the block's strips pass it
 //   bytes   a tile reads q, dO, out and reads and writes dQ once: (3 D + 2 Dv) a row against 96 (3 D + 2 Dv) FMAs
 //
 // Sums are fp32 (float64 for float64) in the outputs themselves, which Python clears before and converts after. Order
@@ -28,7 +28,8 @@ namespace qvl::cpu {
 namespace {
 
 constexpr int kTile = 96;  // whole strips (for dK, dV) and whole panels of either ISA (for the scores)
-constexpr int kRows = 8 * kStrip;
+constexpr int kStrips = 8;
+constexpr int kRows = kStrips * kStrip;
 constexpr std::int64_t kMaxChunks = 8;
 static_assert(kTile % kStrip == 0 && kTile % kPanel<float> == 0);
 
@@ -47,8 +48,8 @@ struct Layout {
       at += round_up(n, 16);
       return start;
     };
-    query_strips = take(kRows * dim);
-    grad_strips = take(kRows * dim_v);
+    query_strips = take(kRows * dim + kStripSlack);
+    grad_strips = take(kRows * dim_v + kStripSlack);
     query = take(kRows * columns);
     grad = take(kRows * columns_v);
     grad_query = take(kRows * columns);
@@ -65,10 +66,24 @@ struct Layout {
   }
 };
 
-// to[i] += factor * from[i]
+// to[c] += factor * row k of the panels [panel][count][2 N]
 template <class A>
-void add_scaled(const A* from, A factor, std::int64_t n, A* to) {
-  for (std::int64_t i = 0; i < n; ++i) to[i] += factor * from[i];
+void add_from_panels(const A* panels, std::int64_t k, std::int64_t count, A factor, std::int64_t dim, A* to) {
+  for (std::int64_t c = 0; c < dim; c += kPanel<A>) {
+    const A* from = panels + c * count + k * kPanel<A>;
+    const std::int64_t n = std::min<std::int64_t>(kPanel<A>, dim - c);
+    for (std::int64_t i = 0; i < n; ++i) to[c + i] += factor * from[i];
+  }
+}
+
+template <class A>
+A dot(const A* a, const A* b, std::int64_t n) {
+  using V = Vec<A>;
+  V acc;
+  std::int64_t i = 0;
+  for (; i + V::N <= n; i += V::N) acc = fma(load(a + i), load(b + i), acc);
+  if (const int rest = static_cast<int>(n - i); rest > 0) acc = fma(load(a + i, rest), load(b + i, rest), acc);
+  return sum(acc);
 }
 
 // One pair of chunks: the rows `rows` of one KV head's group against its keys `keys`.
@@ -99,8 +114,7 @@ class Pair {
         if (!loaded) load_keys(tile, width);
         loaded = true;
         load_rows(first, count);
-        for (std::int64_t strip = 0; strip < kRows; strip += kStrip) scores(strip, first, count, tile, width);
-        add_to_keys(width);
+        add_block(first, count, tile, width);
         store_rows(first, count);
       }
       if (loaded) store_keys(tile, width);
@@ -129,9 +143,9 @@ class Pair {
 
   void load_keys(std::int64_t tile, std::int64_t width) {
     const T *key = head_.key + tile * head_.key_row, *value = head_.value + tile * head_.value_row;
-    pack_panels(key, head_.key_row, width, at_.dim, m_ + at_.key_panels);
-    pack_panels(value, head_.value_row, width, at_.dim_v, m_ + at_.value_panels);
-    widen_rows(key, head_.key_row, width, at_.dim, at_.columns, m_ + at_.key);
+    pack_transposed(key, head_.key_row, width, at_.dim, m_ + at_.key_panels);
+    pack_transposed(value, head_.value_row, width, at_.dim_v, m_ + at_.value_panels);
+    for (std::int64_t j = 0; j < width; ++j) to_panels(key + j * head_.key_row, at_.dim, j, kTile, m_ + at_.key);
     std::fill_n(m_ + at_.grad_key, kTile * at_.columns, A(0));
     std::fill_n(m_ + at_.grad_value, kTile * at_.columns_v, A(0));
   }
@@ -139,106 +153,117 @@ class Pair {
   // Rows beyond `count` fill up the last strip: their lse makes all their probabilities zero.
   void load_rows(std::int64_t first, std::int64_t count) {
     constexpr A kNone = std::numeric_limits<A>::infinity();
-    A out[kMaxDim];
+    const V scale(static_cast<A>(p_.scale * kLog2e));
+    A query[kStrip][kMaxDim], grad[kStrip][kMaxDim], out[kMaxDim];
     for (std::int64_t r = 0; r < kRows; ++r) {
-      A *query = m_ + at_.query + r * at_.columns, *grad = m_ + at_.grad + r * at_.columns_v;
+      A *q = query[r % kStrip], *g = grad[r % kStrip];
       A &lse = m_[at_.lse + r], &delta = m_[at_.delta + r];
       lse = kNone, delta = 0;
       if (r < count) {
         const std::int64_t position = (first + r) / head_.group, of_group = (first + r) % head_.group;
-        widen(head_.query_of(first + r), at_.dim, at_.columns, query);
-        widen(static_cast<const T*>(row_of(grad_out_, first + r)), at_.dim_v, at_.columns_v, grad);
+        widen(head_.query_of(first + r), at_.dim, at_.dim, q);
+        widen(static_cast<const T*>(row_of(grad_out_, first + r)), at_.dim_v, at_.dim_v, g);
         widen(static_cast<const T*>(head_.out) + position * head_.out_row + of_group * head_.out_head, at_.dim_v,
               at_.dim_v, out);
-        for (std::int64_t c = 0; c < at_.dim_v; ++c) delta += grad[c] * out[c];
+        delta = dot(g, out, at_.dim_v);
         const A saved = head_.lse[of_group * head_.lse_head + position];
         if (saved != -kNone) lse = saved * static_cast<A>(kLog2e);  // -inf: the row saw no key
       } else {
-        std::fill_n(query, at_.columns, A(0));
-        std::fill_n(grad, at_.columns_v, A(0));
+        std::fill_n(q, at_.dim, A(0));
+        std::fill_n(g, at_.dim_v, A(0));
       }
-      to_strip(query, at_.dim, static_cast<A>(p_.scale * kLog2e), r, m_ + at_.query_strips);
-      to_strip(grad, at_.dim_v, A(1), r, m_ + at_.grad_strips);
-    }
-    std::fill_n(m_ + at_.grad_query, kRows * at_.columns, A(0));
-  }
-
-  // P and dS of one strip of rows, and dQ += dS K.
-  void scores(std::int64_t strip, std::int64_t first, std::int64_t count, std::int64_t tile, std::int64_t width) {
-    A *weights = m_ + at_.weights + strip * kTile, *grads = m_ + at_.grad_scores + strip * kTile;
-    Range& seen = seen_[strip / kStrip];
-    seen = {0, 0};
-    if (strip < count) {
-      const std::int64_t last = std::min(strip + kStrip, count) - 1;
-      seen.begin = std::clamp<std::int64_t>(range(first + strip).begin - tile, 0, width) / kPanel<A> * kPanel<A>;
-      seen.end = std::clamp<std::int64_t>(range(first + last).end - tile, seen.begin, width);
-    }
-    const std::int64_t begin = seen.begin, end = seen.end, padded = round_up(end, kPanel<A>);
-    for (std::int64_t j = begin; j < end; j += kPanel<A>) {
-      score_panel(m_ + at_.query_strips + strip * at_.dim, m_ + at_.key_panels + j * at_.dim, at_.dim, weights + j,
-                  kTile);
-      score_panel(m_ + at_.grad_strips + strip * at_.dim_v, m_ + at_.value_panels + j * at_.dim_v, at_.dim_v, grads + j,
-                  kTile);
-    }
-    for (int r = 0; r < kStrip; ++r) {
-      A *p = weights + r * kTile, *ds = grads + r * kTile;
-      if (end > begin) hide(p_, head_, first + std::min(strip + r, count - 1), tile, {begin, end}, padded, p);
-      const V lse(m_[at_.lse + strip + r]), delta(m_[at_.delta + strip + r]);
-      for (std::int64_t j = begin; j < padded; j += V::N) {
-        const V e = exp2_of_nonpositive(load(p + j) - lse);
-        store(p + j, e);
-        store(ds + j, e * (load(ds + j) - delta));
-      }
-      for (A* row : {p, ds}) {  // what was not computed, for the strips of keys that reach over it
-        std::fill(row, row + begin, A(0));
-        std::fill(row + (end > begin ? padded : begin), row + kTile, A(0));
-      }
-    }
-    if (end == begin) return;
-    for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>) {
-      A* to = m_ + at_.grad_query + strip * at_.columns + c;
-      Tile<A> acc;
-      multiply_add<kTile, 1>(grads + begin, m_ + at_.key + begin * at_.columns + c, at_.columns, end - begin, acc);
-      store_tile(to, at_.columns, acc);
+      to_panels(q, at_.dim, r, kRows, m_ + at_.query);
+      to_panels(g, at_.dim_v, r, kRows, m_ + at_.grad);
+      multiply(q, scale, at_.dim);
+      if (r % kStrip < kStrip - 1) continue;
+      to_strip(query[0], kMaxDim, at_.dim, m_ + at_.query_strips + r / kStrip * kStrip * at_.dim);
+      to_strip(grad[0], kMaxDim, at_.dim_v, m_ + at_.grad_strips + r / kStrip * kStrip * at_.dim_v);
     }
   }
 
-  // dV += P^T dO and dK += dS^T Q over the rows of the block, six keys at a time, from the strips that see them.
-  void add_to_keys(std::int64_t width) {
-    for (std::int64_t j = 0; j < width; j += kStrip) {
-      std::int64_t from = 0, to = kRows / kStrip;
-      while (from < to && seen_[from].end <= j) ++from;
-      while (from < to && seen_[to - 1].begin >= j + kStrip) --to;
-      from *= kStrip, to *= kStrip;
-      add_product(at_.weights, at_.grad, at_.columns_v, j, {from, to}, at_.grad_value);
-      add_product(at_.grad_scores, at_.query, at_.columns, j, {from, to}, at_.grad_key);
+  // P and dS of the block's rows, dQ = dS K, dV += P^T dO, dK += dS^T Q.
+  void add_block(std::int64_t first, std::int64_t count, std::int64_t tile, std::int64_t width) {
+    for (int s = 0; s < kStrips; ++s) {
+      seen_[s] = {0, 0};
+      if (s * kStrip >= count) continue;
+      const std::int64_t begin = range(first + s * kStrip).begin - tile;
+      const std::int64_t end = range(first + std::min<std::int64_t>((s + 1) * kStrip, count) - 1).end - tile;
+      seen_[s].begin = std::clamp<std::int64_t>(begin, 0, width) / kPanel<A> * kPanel<A>;
+      seen_[s].end = std::clamp<std::int64_t>(end, seen_[s].begin, width);
+    }
+    products_of_rows(at_.query_strips, at_.key_panels, at_.dim, width, at_.weights);
+    products_of_rows(at_.grad_strips, at_.value_panels, at_.dim_v, width, at_.grad_scores);
+    for (int r = 0; r < kRows; ++r) soften_backward(first, std::min<std::int64_t>(r, count - 1), r, tile);
+    for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>)
+      for (int s = 0; s < kStrips; ++s) {
+        const auto [begin, end] = seen_[s];
+        Tile<A> acc;
+        multiply_add<kTile, 1>(m_ + at_.grad_scores + s * kStrip * kTile + begin,
+                               m_ + at_.key + c * kTile + begin * kPanel<A>, end - begin, acc);
+        store_tile(m_ + at_.grad_query + c * kRows + s * kStrip * kPanel<A>, kPanel<A>, acc);
+      }
+    products_of_keys(at_.weights, at_.grad, at_.columns_v, width, at_.grad_value);
+    products_of_keys(at_.grad_scores, at_.query, at_.columns, width, at_.grad_key);
+  }
+
+  // scores = strips . panels, where the strips see the keys.
+  void products_of_rows(std::int64_t strips, std::int64_t panels, std::int64_t dim, std::int64_t width,
+                        std::int64_t scores) {
+    for (std::int64_t j = 0; j < width; j += kPanel<A>)
+      for (int s = 0; s < kStrips; ++s)
+        if (j >= seen_[s].begin && j < seen_[s].end)
+          score_panel(m_ + strips + s * kStrip * dim, m_ + panels + j * dim, dim, m_ + scores + s * kStrip * kTile + j,
+                      kTile);
+  }
+
+  // Row r of the block, whose masks are those of row `like`: its scores become P, and dP becomes dS.
+  void soften_backward(std::int64_t first, std::int64_t like, int r, std::int64_t tile) {
+    A *p = m_ + at_.weights + r * kTile, *ds = m_ + at_.grad_scores + r * kTile;
+    const auto [begin, end] = seen_[r / kStrip];
+    const std::int64_t padded = end > begin ? round_up(end, kPanel<A>) : begin;
+    if (end > begin) hide(p_, head_, first + like, tile, {begin, end}, padded, p);
+    const V lse(m_[at_.lse + r]), delta(m_[at_.delta + r]);
+    for (std::int64_t j = begin; j < padded; j += V::N) {
+      const V e = exp2_to_127(load(p + j) - lse);
+      store(p + j, e);
+      store(ds + j, e * (load(ds + j) - delta));
+    }
+    for (A* row : {p, ds}) {  // what was not computed, for the strips of keys that reach over it
+      std::fill(row, row + begin, A(0));
+      std::fill(row + padded, row + kTile, A(0));
     }
   }
 
-  void add_product(std::int64_t scores, std::int64_t rows, std::int64_t columns, std::int64_t key, Range range,
-                   std::int64_t sums) {
-    for (std::int64_t c = 0; c < columns; c += kPanel<A>) {
-      A* to = m_ + sums + key * columns + c;
-      Tile<A> acc;
-      load_tile(to, columns, acc);
-      multiply_add<1, kTile>(m_ + scores + range.begin * kTile + key, m_ + rows + range.begin * columns + c, columns,
-                             range.end - range.begin, acc);
-      store_tile(to, columns, acc);
-    }
+  // sums += scores^T rows, six keys at a time, over the strips of rows that see one of them.
+  void products_of_keys(std::int64_t scores, std::int64_t rows, std::int64_t columns, std::int64_t width,
+                        std::int64_t sums) {
+    for (std::int64_t c = 0; c < columns; c += kPanel<A>)
+      for (std::int64_t j = 0; j < width; j += kStrip) {
+        std::int64_t from = 0, to = kStrips;
+        while (from < to && seen_[from].end <= j) ++from;
+        while (from < to && seen_[to - 1].begin >= j + kStrip) --to;
+        if (from == to) continue;
+        from *= kStrip, to *= kStrip;
+        A* sum = m_ + sums + c * kTile + j * kPanel<A>;
+        Tile<A> acc;
+        load_tile(sum, kPanel<A>, acc);
+        multiply_add<1, kTile>(m_ + scores + from * kTile + j, m_ + rows + c * kRows + from * kPanel<A>, to - from,
+                               acc);
+        store_tile(sum, kPanel<A>, acc);
+      }
   }
 
   void store_rows(std::int64_t first, std::int64_t count) {
+    const A scale = static_cast<A>(p_.scale);
     for (std::int64_t r = 0; r < count; ++r)
-      add_scaled(m_ + at_.grad_query + r * at_.columns, static_cast<A>(p_.scale), at_.dim,
-                 row_of(grad_query_, first + r));
+      add_from_panels(m_ + at_.grad_query, r, kRows, scale, at_.dim, row_of(grad_query_, first + r));
   }
 
   void store_keys(std::int64_t tile, std::int64_t width) {
+    const A scale = static_cast<A>(p_.scale);
     for (std::int64_t j = 0; j < width; ++j) {
-      add_scaled(m_ + at_.grad_key + j * at_.columns, static_cast<A>(p_.scale), at_.dim,
-                 grad_key_.data + (tile + j) * grad_key_.row);
-      add_scaled(m_ + at_.grad_value + j * at_.columns_v, A(1), at_.dim_v,
-                 grad_value_.data + (tile + j) * grad_value_.row);
+      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, grad_key_.data + (tile + j) * grad_key_.row);
+      add_from_panels(m_ + at_.grad_value, j, kTile, A(1), at_.dim_v, grad_value_.data + (tile + j) * grad_value_.row);
     }
   }
 
@@ -248,7 +273,7 @@ class Pair {
   A* const m_;
   Rows<const T> grad_out_{};
   Rows<A> grad_query_{}, grad_key_{}, grad_value_{};
-  Range seen_[kRows / kStrip];  // by each strip of rows, in keys of the tile
+  Range seen_[kStrips];  // by each strip of rows, in keys of the tile
 };
 
 // Chunk `index` of `chunks` of [0, n), in whole multiples of `step`.

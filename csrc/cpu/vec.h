@@ -66,13 +66,11 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_
 inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
-inline Vec<float> nearest_integer(Vec<float> a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT); }
-// a 2^n for integral n, NaN for NaN; 0 where n < -126, so that results are never subnormal (they are slow and nothing
-// needs them).
-inline Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
-  const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
-  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_mul_ps(normal, a.v, _mm512_castsi512_ps(bits));
+inline Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
+inline bool any_above(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+inline float first(Vec<float> a) { return _mm512_cvtss_f32(a.v); }
+inline Vec<float> shift_bits_left(Vec<float> a, int by) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), by));
 }
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
@@ -81,6 +79,9 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm
 inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
 inline double sum(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 inline double largest(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a.v, b.v); }
+inline bool any_above(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+inline double first(Vec<double> a) { return _mm512_cvtsd_f64(a.v); }
 
 inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
@@ -152,13 +153,13 @@ inline float largest(Vec<float> a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-inline Vec<float> nearest_integer(Vec<float> a) {
-  return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
+inline bool any_above(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
 }
-inline Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
-  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return _mm256_and_ps(normal, _mm256_mul_ps(a.v, _mm256_castsi256_ps(bits)));
+inline float first(Vec<float> a) { return _mm256_cvtss_f32(a.v); }
+inline Vec<float> shift_bits_left(Vec<float> a, int by) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), by));
 }
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
@@ -169,6 +170,11 @@ inline double largest(Vec<double> a) {
   const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
 }
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a.v, b.v); }
+inline bool any_above(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)) != 0;
+}
+inline double first(Vec<double> a) { return _mm256_cvtsd_f64(a.v); }
 inline double sum(Vec<double> a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
@@ -226,23 +232,24 @@ inline void store(double* p, Vec<double> a, int n) { _mm256_maskstore_pd(p, firs
 #error "vec.h needs -mavx2 -mfma -mf16c or the AVX-512 flags of setup.py"
 #endif
 
-// 2^x for x <= 0 with an error below 1.5 ULP; 0 for x < -126, -inf included. x = n + f with |f| <= 1/2, and 2^f by its
-// Taylor polynomial of degree 7: the next term, (f ln 2)^8 / 8!, is below 6e-9.
-inline Vec<float> exp2_of_nonpositive(Vec<float> x) {
-  x = max(Vec<float>(-1000.0f), x);  // in this order a NaN stays
-  const Vec<float> n = nearest_integer(x), f = x - n;
-  Vec<float> y(1.52527338e-5f);
-  y = fma(y, f, Vec<float>(1.54035304e-4f));
-  y = fma(y, f, Vec<float>(1.33335581e-3f));
-  y = fma(y, f, Vec<float>(9.61812911e-3f));
-  y = fma(y, f, Vec<float>(5.55041087e-2f));
-  y = fma(y, f, Vec<float>(2.40226507e-1f));
-  y = fma(y, f, Vec<float>(6.93147181e-1f));
+// 2^x for x <= 127 with an error below 1 ULP, NaN for NaN; 0 for x < -126.5, so that results are never subnormal (they
+// are slow and nothing needs them). x = n + f with |f| <= 1/2: adding 1.5 2^23 + 127 rounds x to n and leaves n + 127,
+// the exponent of 2^n, in the lowest bits. 2^f is 1 + f times a minimax polynomial; its relative error is 2e-9.
+inline Vec<float> exp2_to_127(Vec<float> x) {
+  constexpr float kRound = 12582912.0f + 127.0f;
+  x = max(Vec<float>(-127.0f), x);  // in this order a NaN stays
+  const Vec<float> rounded = x + Vec<float>(kRound), f = x - (rounded - Vec<float>(kRound));
+  Vec<float> y(1.535336196e-4f);
+  y = fma(y, f, Vec<float>(1.339887502e-3f));
+  y = fma(y, f, Vec<float>(9.618436918e-3f));
+  y = fma(y, f, Vec<float>(5.550332367e-2f));
+  y = fma(y, f, Vec<float>(2.402264774e-1f));
+  y = fma(y, f, Vec<float>(6.931471825e-1f));
   y = fma(y, f, Vec<float>(1.0f));
-  return scale_by_power(y, n);
+  return y * shift_bits_left(rounded, 23);
 }
 // float64 exists for gradcheck, not for speed.
-inline Vec<double> exp2_of_nonpositive(Vec<double> x) {
+inline Vec<double> exp2_to_127(Vec<double> x) {
   double lane[Vec<double>::N];
   std::memcpy(lane, &x.v, sizeof lane);
   for (double& value : lane) value = std::exp2(value);
@@ -250,7 +257,8 @@ inline Vec<double> exp2_of_nonpositive(Vec<double> x) {
   return x;
 }
 
-// dst[i * stride + j] = rows[j][i] for an 8 x 8 block of floats.
+// dst[i * stride + j] = rows[j][i] for an 8 x 8 block of floats, stored in the order of i: with a stride below 8 a line
+// is cut short by the next.
 inline void transpose8x8(const float* const (&rows)[8], float* dst, std::int64_t stride) {
   __m256 r[8], t[8];
   for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(rows[j]);
@@ -264,10 +272,8 @@ inline void transpose8x8(const float* const (&rows)[8], float* dst, std::int64_t
     r[j + 2] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0x44);
     r[j + 3] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(dst + i * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(dst + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
 // What a value becomes by being stored as T and read back.
