@@ -66,13 +66,17 @@ bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
 }
 
-// What forward and backward have in common, checked.
+// What forward and backward have in common, checked. `options` are qvl_kernels._attention.Options.
 AttentionParams attention_params(const TensorView& query, const TensorView& key, const TensorView& value,
-                                 const TensorView& out, const Optional& lse, const Optional& mask,
-                                 const Optional& key_lengths, const Optional& offsets_q, const Optional& offsets_k,
-                                 const TensorView& scratch, double scale, bool causal, std::int64_t left,
-                                 std::int64_t right) {
-  AttentionParams p{query, key, value, {}, {}, {}, {}, out, {}, scratch, scale, causal, left, right};
+                                 const TensorView& out, const Optional& lse, const TensorView& scratch,
+                                 const py::tuple& options) {
+  AttentionParams p{};
+  p.query = query, p.key = key, p.value = value, p.out = out, p.scratch = scratch;
+  p.scale = options[0].cast<double>(), p.causal = options[1].cast<bool>();
+  p.left = options[2].cast<std::int64_t>(), p.right = options[3].cast<std::int64_t>();
+  const auto optional = [&](std::size_t i) { return options[i].cast<Optional>(); };
+  const Optional mask = optional(4), key_lengths = optional(5), offsets_q = optional(6), offsets_k = optional(7);
+  const Optional key_scale = optional(8), value_scale = optional(9);
   require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "attention: tensors");
   const std::int64_t batch = query.size[0], heads = query.size[1], len_q = query.size[2], dim = query.size[3];
   const std::int64_t kv_heads = key.size[1], len_k = key.size[2], dim_v = value.size[3];
@@ -80,8 +84,16 @@ AttentionParams attention_params(const TensorView& query, const TensorView& key,
   require(has_shape(value, {batch, kv_heads, len_k, dim_v}), "attention: value");
   require(has_shape(out, {batch, heads, len_q, dim_v}) && kv_heads > 0 && heads % kv_heads == 0, "attention: out");
   require(dim <= 256 && dim_v <= 256, "attention: head dimension");
-  for (const TensorView* t : {&query, &key, &value, &out})
-    require(t->dtype == query.dtype && unit_stride(*t), "attention: dtypes and strides");
+  for (const TensorView* t : {&query, &key, &value, &out}) require(unit_stride(*t), "attention: strides");
+  const DType stored = key_scale ? DType::i8 : query.dtype;
+  require(out.dtype == query.dtype && key.dtype == stored && value.dtype == stored, "attention: dtypes");
+  require(key_scale.has_value() == value_scale.has_value(), "attention: scales");
+  if (key_scale) {
+    p.key_scale = *key_scale, p.value_scale = *value_scale;
+    for (const TensorView* t : {&p.key_scale, &p.value_scale})
+      require(has_shape(*t, {batch, kv_heads, len_k}) && t->dtype == DType::f32, "attention: scales");
+    require(query.dtype != DType::f64, "attention: scales");
+  }
   if (lse) {
     p.lse = contiguous(*lse, batch * heads * len_q, compute_type(query.dtype), query, "attention: lse");
     require(lse->ndim == 3, "attention: lse");
@@ -114,11 +126,8 @@ std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 
 
 // Both answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
 std::int64_t attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-                       const Optional& lse, const Optional& mask, const Optional& key_lengths,
-                       const Optional& offsets_q, const Optional& offsets_k, const TensorView& scratch, double scale,
-                       bool causal, std::int64_t left, std::int64_t right) {
-  const AttentionParams p = attention_params(query, key, value, out, lse, mask, key_lengths, offsets_q, offsets_k,
-                                             scratch, scale, causal, left, right);
+                       const Optional& lse, const TensorView& scratch, const py::tuple& options) {
+  const AttentionParams p = attention_params(query, key, value, out, lse, scratch, options);
   const std::int64_t needed = cpu::attention_scratch_bytes(p, threads());
   if (needed > scratch.numel()) return needed;
   py::gil_scoped_release release;
@@ -129,12 +138,10 @@ std::int64_t attention(const TensorView& query, const TensorView& key, const Ten
 std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
                                 const TensorView& grad_value, const TensorView& query, const TensorView& key,
                                 const TensorView& value, const TensorView& out, const TensorView& lse,
-                                const Optional& mask, const Optional& key_lengths, const Optional& offsets_q,
-                                const Optional& offsets_k, const TensorView& scratch, double scale, bool causal,
-                                std::int64_t left, std::int64_t right) {
-  AttentionBackwardParams p{attention_params(query, key, value, out, lse, mask, key_lengths, offsets_q, offsets_k,
-                                             scratch, scale, causal, left, right),
-                            grad_out, grad_query, grad_key, grad_value};
+                                const TensorView& scratch, const py::tuple& options) {
+  AttentionBackwardParams p{attention_params(query, key, value, out, lse, scratch, options), grad_out, grad_query,
+                            grad_key, grad_value};
+  require(p.forward.key_scale.data == nullptr, "attention_backward: int8");
   const auto beside = [](const TensorView& grad, const TensorView& of, DType dtype) {
     return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
            unit_stride(grad);

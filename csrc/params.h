@@ -18,11 +18,12 @@ struct RmsNormBackwardParams {
 };
 
 // out = softmax(scale q k^T + mask) v. query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq,
-// Lq, Dv), last strides 1. mask (B, Hq, Lq, Lk), any strides, bool or the compute type; key_lengths (B) int64; lse (B,
-// Hq, Lq) in the compute type, the log of the sum of exponentials. A window side is negative where it is open. Packed
-// segments: B = 1, and offsets_q, offsets_k (S + 1) int64 say where each segment starts.
+// Lq, Dv), last strides 1. int8 keys and values come with key_scale and value_scale (B, Hkv, Lk) in the compute type.
+// mask (B, Hq, Lq, Lk), any strides, bool or the compute type; key_lengths (B) int64; lse (B, Hq, Lq) in the compute
+// type, the log of the sum of exponentials. A window side is negative where it is open. Packed segments: B = 1, and
+// offsets_q, offsets_k (S + 1) int64 say where each segment starts.
 struct AttentionParams {
-  TensorView query, key, value, mask, key_lengths, offsets_q, offsets_k, out, lse, scratch;
+  TensorView query, key, value, key_scale, value_scale, mask, key_lengths, offsets_q, offsets_k, out, lse, scratch;
   double scale;
   bool causal;
   std::int64_t left, right;

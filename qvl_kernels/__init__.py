@@ -5,7 +5,7 @@ Each public name is one operation: `qvl_kernels/<op>.py` holds its contract. `ex
 """
 
 from ._backends import available_backends, explain, use_backend
-from .attention import attention
+from .attention import attention, quantize_kv
 from .attention_varlen import attention_varlen
 from .gelu_tanh import gelu_tanh
 from .layer_norm import layer_norm
@@ -26,6 +26,7 @@ __all__ = [
     "layer_norm",
     "pack_linear",
     "packed_linear",
+    "quantize_kv",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

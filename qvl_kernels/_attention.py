@@ -32,6 +32,8 @@ class Options(NamedTuple):
     key_lengths: Tensor | None = None
     offsets_q: Tensor | None = None
     offsets_k: Tensor | None = None
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 class Reference:
@@ -47,7 +49,16 @@ class Reference:
         self, query: Tensor, key: Tensor, value: Tensor, options: Options, save_lse: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, one block of scores at a time where they are many."""
-        scale, causal, left, right, mask, lengths, offsets_q, offsets_k = options
+        scale, causal, left, right, mask, lengths, offsets_q, offsets_k, key_scale, value_scale = options
+        if key_scale is not None and value_scale is not None:
+            wide = _wide(query.dtype)
+            out, lse = self.forward(
+                query.to(wide),
+                key.to(wide) * key_scale.unsqueeze(-1),
+                value.to(wide) * value_scale.unsqueeze(-1),
+                options._replace(key_scale=None, value_scale=None),
+            )
+            return out.to(query.dtype), lse
         if offsets_q is not None and offsets_k is not None:
             offsets = offsets_q.tolist(), offsets_k.tolist()
             return varlen_reference.forward(query, key, value, *offsets, scale, causal, left, right)
@@ -69,7 +80,7 @@ class Reference:
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale, causal, left, right, mask, lengths, offsets_q, offsets_k = options
+        scale, causal, left, right, mask, lengths, offsets_q, offsets_k, *_ = options
         saved = grad, query, key, value, out, lse
         if offsets_q is not None and offsets_k is not None:
             return varlen_reference.backward(*saved, offsets_q.tolist(), offsets_k.tolist(), scale, causal, left, right)
@@ -92,6 +103,11 @@ class Native:
             return "the head dimension is above 256"
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             return "mask needs a gradient"
+        if key.dtype == torch.int8:
+            if query.dtype == torch.float64:
+                return "query is float64 and key is int8"
+            if query.requires_grad and torch.is_grad_enabled():
+                return "query needs a gradient and key is int8"
         if not torch.compiler.is_compiling() and _library.is_transformed():
             return "a functorch transform or forward-mode differentiation looks at the call"
         return None
@@ -126,17 +142,17 @@ class Native:
 
     def _call(self, kernel: Callable[..., int], query: Tensor, key: Tensor, options: Options, *tensors: Any) -> None:
         """Runs the kernel. It answers with 0, or with the bytes of scratch memory that it needs more than it got."""
-        scale, causal, left, right, mask, lengths, offsets_q, offsets_k = options
+        mask, lengths = options.mask, options.key_lengths
         if mask is not None:
             if mask.dtype != torch.bool:
                 mask = mask.to(_wide(query.dtype))
-            mask = mask.expand(*query.shape[:3], key.shape[2])
+            options = options._replace(mask=mask.expand(*query.shape[:3], key.shape[2]))
         if lengths is not None:
-            lengths = lengths.long()
+            options = options._replace(key_lengths=lengths.long())
         scratch = getattr(self._memory, "buffer", None)
         if scratch is None:
             scratch = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
-        while needed := kernel(*tensors, mask, lengths, offsets_q, offsets_k, scratch, scale, causal, left, right):
+        while needed := kernel(*tensors, scratch, options):
             scratch = self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
 
 
@@ -190,8 +206,8 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[-4:])
-    ctx.options = inputs[3:-4]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[7:])
+    ctx.options = inputs[3:7]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
@@ -200,14 +216,14 @@ def _differentiate(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> t
     nothing = (None,) * len(Options._fields)
     if grad is None:
         return None, None, None, *nothing
-    *saved, mask, lengths, offsets_q, offsets_k = ctx.saved_tensors
-    grads = torch.ops.qvl.attention_backward(grad, *saved, *ctx.options, mask, lengths, offsets_q, offsets_k)
+    saved, tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    grads = torch.ops.qvl.attention_backward(grad, *saved, *ctx.options, *tensors)
     return *grads, *nothing
 
 
 _OPTIONS = (
     "float scale, bool causal, int left, int right, Tensor? mask, Tensor? key_lengths, Tensor? offsets_q,"
-    " Tensor? offsets_k"
+    " Tensor? offsets_k, Tensor? key_scale, Tensor? value_scale"
 )
 _library.define(
     f"attention(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)", _run, _fake

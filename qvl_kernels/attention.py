@@ -21,6 +21,8 @@ def attention(
     window: tuple[int, int] | None = None,
     mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     """out = softmax(scale q k^T + mask) v over the keys that a query may see.
 
@@ -41,6 +43,8 @@ def attention(
         window: (left, right) keys around a query's own position; a negative side is unlimited.
         mask: broadcastable to (B, Hq, Lq, Lk); bool (True = attend) or floating (added to the scaled scores).
         key_lengths: (B,) integers, the valid keys of each row of a ragged cache; values are clamped to [0, Lk].
+        key_scale: (B, Hkv, Lk) float32 where key and value are int8 (`quantize_kv`): the keys are key * key_scale.
+        value_scale: likewise for value; both or none.
 
     Returns:
         (B, Hq, Lq, Dv) in query's dtype. A query that sees no key gives zeros, and zero gradients.
@@ -56,7 +60,10 @@ def attention(
     torch.Size([1, 4, 3, 8])
     """
     op = "attention"
-    _checks.floating(op, query=query, key=key, value=value)
+    if key_scale is None and value_scale is None:
+        _checks.floating(op, query=query, key=key, value=value)
+    else:
+        _check_int8(query, key, value, key_scale, value_scale)
     _checks.shape(op, "query", query, "(B, Hq, Lq, D)", (None, None, None, None))
     batch, heads_q, len_q, dim = query.shape
     _checks.shape(op, "key", key, "(B, Hkv, Lk, D)", (batch, None, None, dim))
@@ -71,8 +78,52 @@ def attention(
             raise TypeError(f"{op}: key_lengths must be integers, got {key_lengths.dtype}")
     if scale is None:
         scale = 1 / math.sqrt(dim) if dim else 1.0
-    options = Options(scale, causal, left, right, mask, key_lengths)
+    options = Options(scale, causal, left, right, mask, key_lengths, None, None, key_scale, value_scale)
     return softmax_attention.choose(query, key, value, mask).run(query, key, value, options)
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values for a cache of a quarter of float32's size: q = round(x / s) with s = max|x| / 127 over the last
+    dimension.
+
+    Args:
+        x: (B, H, L, D), floating.
+
+    Returns:
+        q, (B, H, L, D) int8, and s, (B, H, L) float32: one scale for each token and head, so that a cache grows without
+        a second look at what it holds. |x - q s| <= s / 2. A row of zeros has s = 0.
+
+    Raises:
+        TypeError: x is not floating.
+
+    >>> q, s = quantize_kv(torch.tensor([[[[1.0, -2.0, 0.5]]]]))
+    >>> q.tolist(), round(s.item(), 4)
+    ([[[[64, -127, 32]]]], 0.0157)
+    """
+    _checks.floating("quantize_kv", x=x)
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    return torch.round(wide / torch.where(scale > 0, scale, 1.0)).to(torch.int8), scale.squeeze(-1)
+
+
+def _check_int8(
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
+) -> None:
+    op = "attention"
+    _checks.floating(op, query=query)
+    for name, tensor, dtype in (
+        ("key", key, torch.int8),
+        ("value", value, torch.int8),
+        ("key_scale", key_scale, torch.float32),
+        ("value_scale", value_scale, torch.float32),
+    ):
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: with int8 keys and values {name} must be {dtype}, got {got}")
+        if tensor.device != query.device:
+            raise ValueError(f"{op}: {name} must be on query's device {query.device}, got {tensor.device}")
+        if dtype == torch.float32:
+            _checks.shape(op, name, tensor, "(B, Hkv, Lk)", tuple(key.shape[:3]))
 
 
 def _check_mask(mask: Tensor, scores: tuple[int, int, int, int]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from utils import DTYPES, assert_close, backends_of, device_of, on
 
-from qvl_kernels import attention
+from qvl_kernels import attention, quantize_kv
 from qvl_kernels.reference import attention as reference
 
 BACKENDS = backends_of("attention")
@@ -117,6 +117,35 @@ def test_keys_beyond_the_length_are_never_read_into_the_result(backend):
         before = attention(q, k, v, causal=True, key_lengths=lengths)
         k[:, :, 6:], v[:, :, 6:] = 1e30, 1e30
         assert torch.equal(before, attention(q, k, v, causal=True, key_lengths=lengths))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("len_q", "len_k", "dim"), [(1, 1, 8), (1, 2300, 64), (3, 130, 33), (40, 250, 72)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_keys_and_values(backend, len_q, len_k, dim, dtype):
+    q, k, v = qkv(2, 4, 2, len_q, len_k, dim, dtype=dtype, device=device_of(backend))
+    v[:, :, 0] = 0.0
+    (k, key_scale), (v, value_scale) = quantize_kv(k), quantize_kv(v)
+    lengths = torch.tensor([len_k, len_k // 2], device=q.device)
+    with on(backend):
+        ours = attention(q, k, v, causal=True, key_lengths=lengths, key_scale=key_scale, value_scale=value_scale)
+    k, v = k * key_scale[..., None].double(), v * value_scale[..., None].double()
+    visible = reference.visible_keys(len_q, len_k, True, -1, -1, lengths, q.device)
+    exact = reference.forward(q.double(), k, v, 1 / math.sqrt(dim), visible, None)[0]
+    plain = reference.forward(q, k.to(dtype), v.to(dtype), 1 / math.sqrt(dim), visible, None)[0]
+    score = (q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2)).abs().max().item() / math.sqrt(dim)
+    assert_close("out", ours, exact, plain, len_k + dim, largest=max(1.0, score) * v.abs().max().item())
+
+
+def test_quantize_kv_halves_a_step_at_most():
+    x = torch.randn(2, 3, 50, 64) * torch.logspace(-20, 20, 50).view(-1, 1)
+    x[0, 1, 7] = 0.0
+    q, s = quantize_kv(x)
+    assert q.dtype == torch.int8
+    assert ((q.double() * s.double()[..., None] - x).abs() <= s.double()[..., None] * 0.5000001).all()
+    assert s[0, 1, 7] == 0
+    with pytest.raises(TypeError, match="quantize_kv: x must be float32"):
+        quantize_kv(q)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,6 +305,13 @@ Q = torch.zeros(2, 4, 3, 8)
         ((Q, Q, Q), {"key_lengths": torch.zeros(3).int()}, ValueError, r"key_lengths must have shape \(B,\) = \(2,\)"),
         ((Q, Q, Q), {"key_lengths": torch.zeros(2)}, TypeError, "key_lengths must be integers"),
         ((Q, Q, Q), {"window": (1, 2, 3)}, ValueError, "window must be a pair of integers"),
+        ((Q, Q, Q), {"key_scale": Q[..., 0]}, TypeError, "with int8 keys and values key must be torch.int8"),
+        (
+            (Q, Q.to(torch.int8), Q.to(torch.int8)),
+            {"key_scale": Q[..., 0]},
+            TypeError,
+            "with int8 keys and values value_scale must be torch.float32, got NoneType",
+        ),
         ((Q[0], Q, Q), {}, ValueError, r"query must have shape \(B, Hq, Lq, D\)"),
     ],
 )

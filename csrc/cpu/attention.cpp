@@ -51,13 +51,13 @@ struct Layout {
   }
 };
 
-template <class T>
+template <class T, class S>
 class Block {
  public:
   using A = Acc<T>;
   using V = Vec<A>;
 
-  Block(const AttentionParams& p, const Head<T>& head, const Layout& at, A* scratch, std::int64_t first,
+  Block(const AttentionParams& p, const Head<T, S>& head, const Layout& at, A* scratch, std::int64_t first,
         std::int64_t count)
       : p_(p),
         head_(head),
@@ -72,9 +72,7 @@ class Block {
     const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
     for (std::int64_t tile = all.begin / kTile * kTile; tile < all.end; tile += kTile) {
       const std::int64_t keys = std::min<std::int64_t>(kTile, head_.len_k - tile);
-      pack_transposed(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key);
-      for (std::int64_t j = 0; j < keys; ++j)
-        to_panels(head_.value + (tile + j) * head_.value_row, p_.value.size[3], j, kTile, m_ + at_.value);
+      pack(tile, keys);
       for (std::int64_t strip = 0; strip < strips_; strip += kGroup) add_group(strip, tile, keys);
     }
     write();
@@ -96,6 +94,15 @@ class Block {
     std::fill_n(m_ + at_.out, strips_ * kStrip * at_.columns, A(0));
     std::fill_n(m_ + at_.top, strips_ * kStrip, -std::numeric_limits<A>::infinity());
     std::fill_n(m_ + at_.total, strips_ * kStrip * V::N, A(0));
+  }
+
+  void pack(std::int64_t tile, std::int64_t keys) {
+    const A* const scale = head_.key_scale ? head_.key_scale + tile * head_.key_scale_row : nullptr;
+    pack_transposed(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key, scale,
+                    head_.key_scale_row);
+    for (std::int64_t j = tile; j < tile + keys; ++j)
+      to_panels(head_.value + j * head_.value_row, p_.value.size[3], j - tile, kTile, m_ + at_.value,
+                head_.value_scale ? head_.value_scale[j * head_.value_scale_row] : A(1));
   }
 
   // The tile's keys that a strip sees, from a whole panel on.
@@ -202,13 +209,13 @@ class Block {
   }
 
   const AttentionParams& p_;
-  const Head<T>& head_;
+  const Head<T, S>& head_;
   const Layout& at_;
   A* const m_;
   const std::int64_t first_, count_, strips_;
 };
 
-template <class T>
+template <class T, class S>
 void forward(const AttentionParams& p) {
   using A = Acc<T>;
   const Layout at(p.query.size[3], p.value.size[3], kPanel<A>);
@@ -219,15 +226,15 @@ void forward(const AttentionParams& p) {
   // and what is started last should be small.
   std::int64_t blocks = 0;
   for (std::int64_t s = 0; s < segments; ++s)
-    blocks = std::max(blocks, (head_of<T>(p, s, 0).rows() + kBlockRows - 1) / kBlockRows);
+    blocks = std::max(blocks, (head_of<T, S>(p, s, 0).rows() + kBlockRows - 1) / kBlockRows);
   const std::int64_t work = p.query.numel() * std::max<std::int64_t>(p.key.size[2], 1);
   parallel_tasks(blocks * segments * kv_heads, work, workers, [&](std::int64_t task, std::int64_t worker) {
     const std::int64_t block = blocks - 1 - task / (segments * kv_heads);
-    const Head<T> head = head_of<T>(p, task % (segments * kv_heads) / kv_heads, task % kv_heads);
+    const Head<T, S> head = head_of<T, S>(p, task % (segments * kv_heads) / kv_heads, task % kv_heads);
     const std::int64_t first = block * kBlockRows;
     if (first >= head.rows()) return;
     A* scratch = p.scratch.as<A>() + worker * at.size;
-    Block<T>(p, head, at, scratch, first, std::min<std::int64_t>(kBlockRows, head.rows() - first)).run();
+    Block<T, S>(p, head, at, scratch, first, std::min<std::int64_t>(kBlockRows, head.rows() - first)).run();
   });
 }
 
@@ -242,7 +249,7 @@ std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t thre
 
 void attention(const AttentionParams& p) {
   if (is_decode(p)) return attention_decode(p);
-  with_storage_type(p.query.dtype, [&](auto t) { forward<decltype(t)>(p); });
+  with_cache_type(p, [&](auto t, auto s) { forward<decltype(t), decltype(s)>(p); });
 }
 
 }  // namespace qvl::cpu

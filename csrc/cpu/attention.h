@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../params.h"
+#include "dispatch.h"
 #include "vec.h"
 
 namespace qvl::cpu {
@@ -18,12 +19,26 @@ bool is_decode(const AttentionParams& p);
 std::int64_t attention_decode_scratch_bytes(const AttentionParams& p);
 void attention_decode(const AttentionParams& p);
 
+// Calls f(T{}, S{}) with the storage types of queries and of keys and values.
+template <class F>
+void with_cache_type(const AttentionParams& p, const F& f) {
+  with_storage_type(p.query.dtype, [&](auto t) {
+    if constexpr (!std::is_same_v<decltype(t), double>)
+      if (p.key.dtype == DType::i8) return f(t, std::int8_t{});
+    f(t, t);
+  });
+}
+
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
-// Where the tensors of one segment and KV head lie, and which keys its rows see.
-template <class T>
+// Where the tensors of one segment and KV head lie, and which keys its rows see. T is the storage type of queries and
+// output, S that of keys and values: T, or int8 with a scale for each key.
+template <class T, class S = T>
 struct Head {
-  const T *query, *key, *value;
+  const T* query;
+  const S *key, *value;
+  const Acc<T>*key_scale, *value_scale;
+  std::int64_t key_scale_row, value_scale_row;
   T* out;
   Acc<T>* lse;
   std::int64_t len_q, len_k, group;
@@ -50,24 +65,24 @@ inline Range visible(const AttentionParams& p, std::int64_t position, std::int64
   return {begin, std::max(begin, end)};
 }
 
-// Copies n elements of T to the compute type, zeros up to `padded`.
-template <class T>
-void widen(const T* from, std::int64_t n, std::int64_t padded, Acc<T>* to) {
-  using V = Vec<Acc<T>>;
+// Copies n elements of storage to the compute type, zeros up to `padded`.
+template <class S, class A>
+void widen(const S* from, std::int64_t n, std::int64_t padded, A* to) {
+  using V = Vec<A>;
   std::int64_t i = 0;
   for (; i + V::N <= n; i += V::N) store(to + i, load(from + i));
   if (i < n) store(to + i, load(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-  std::fill(to + n, to + padded, Acc<T>(0));
+  std::fill(to + n, to + padded, A(0));
 }
 
-template <class T>
-Head<T> head_of(const AttentionParams& p, std::int64_t segment, std::int64_t kv_head) {
+template <class T, class S = T>
+Head<T, S> head_of(const AttentionParams& p, std::int64_t segment, std::int64_t kv_head) {
   const TensorView &q = p.query, &k = p.key, &v = p.value, &o = p.out;
   const bool packed = p.offsets_q.data != nullptr;
   const std::int64_t batch = packed ? 0 : segment;
   const std::int64_t q0 = packed ? p.offsets_q.as<std::int64_t>()[segment] : 0;
   const std::int64_t k0 = packed ? p.offsets_k.as<std::int64_t>()[segment] : 0;
-  Head<T> h{};
+  Head<T, S> h{};
   h.group = q.size[1] / k.size[1];
   h.batch = batch;
   h.first_head = kv_head * h.group;
@@ -76,9 +91,15 @@ Head<T> head_of(const AttentionParams& p, std::int64_t segment, std::int64_t kv_
   if (p.key_lengths.data)
     h.len_k = std::clamp<std::int64_t>(p.key_lengths.as<std::int64_t>()[batch * p.key_lengths.stride[0]], 0, h.len_k);
   h.query = q.as<T>() + batch * q.stride[0] + h.first_head * q.stride[1] + q0 * q.stride[2];
-  h.key = k.as<T>() + batch * k.stride[0] + kv_head * k.stride[1] + k0 * k.stride[2];
-  h.value = v.as<T>() + batch * v.stride[0] + kv_head * v.stride[1] + k0 * v.stride[2];
+  h.key = k.as<S>() + batch * k.stride[0] + kv_head * k.stride[1] + k0 * k.stride[2];
+  h.value = v.as<S>() + batch * v.stride[0] + kv_head * v.stride[1] + k0 * v.stride[2];
   h.out = o.as<T>() + batch * o.stride[0] + h.first_head * o.stride[1] + q0 * o.stride[2];
+  if (p.key_scale.data) {
+    const TensorView &ks = p.key_scale, &vs = p.value_scale;
+    h.key_scale = ks.as<Acc<T>>() + batch * ks.stride[0] + kv_head * ks.stride[1] + k0 * ks.stride[2];
+    h.value_scale = vs.as<Acc<T>>() + batch * vs.stride[0] + kv_head * vs.stride[1] + k0 * vs.stride[2];
+    h.key_scale_row = ks.stride[2], h.value_scale_row = vs.stride[2];
+  }
   h.query_row = q.stride[2], h.query_head = q.stride[1];
   h.key_row = k.stride[2], h.value_row = v.stride[2];
   h.out_row = o.stride[2], h.out_head = o.stride[1];
@@ -92,8 +113,8 @@ Head<T> head_of(const AttentionParams& p, std::int64_t segment, std::int64_t kv_
 
 // -inf where row `row` does not see the key, up to `padded`; the mask's values where it has them. scores[j] belongs to
 // key tile + j, j in [begin, end).
-template <class T>
-void hide(const AttentionParams& p, const Head<T>& head, std::int64_t row, std::int64_t tile, Range keys,
+template <class T, class S>
+void hide(const AttentionParams& p, const Head<T, S>& head, std::int64_t row, std::int64_t tile, Range keys,
           std::int64_t padded, Acc<T>* scores) {
   using A = Acc<T>;
   constexpr A kHidden = -std::numeric_limits<A>::infinity();
@@ -138,8 +159,9 @@ A soften(A* scores, std::int64_t begin, std::int64_t padded, A& top, A& total) {
 }
 
 // out = o / total for row `row`, and its log-sum-exp; zeros where the row saw no key.
-template <class T>
-void write_row(const Head<T>& head, std::int64_t row, std::int64_t dim_v, const Acc<T>* o, Acc<T> top, Acc<T> total) {
+template <class T, class S>
+void write_row(const Head<T, S>& head, std::int64_t row, std::int64_t dim_v, const Acc<T>* o, Acc<T> top,
+               Acc<T> total) {
   using V = Vec<Acc<T>>;
   const std::int64_t query = row / head.group, of_group = row % head.group;
   const V inverse(total == 0 ? Acc<T>(0) : 1 / total);

@@ -31,9 +31,9 @@ std::int64_t partial_size(const AttentionParams& p) {
 }
 
 // scores[r][j] = q[r] . k[j] for R rows and 2 keys.
-template <int R, class T>
-void dot_pair(const Acc<T>* q, const T* k0, const T* k1, std::int64_t dim, Acc<T>* scores) {
-  using V = Vec<Acc<T>>;
+template <int R, class S, class A>
+void dot_pair(const A* q, const S* k0, const S* k1, std::int64_t dim, A* scores) {
+  using V = Vec<A>;
   V acc[R][2];
   std::int64_t d = 0;
   const auto add = [&](V a, V b, auto query) {
@@ -43,29 +43,28 @@ void dot_pair(const Acc<T>* q, const T* k0, const T* k1, std::int64_t dim, Acc<T
       acc[r][1] = fma(x, b, acc[r][1]);
     }
   };
-  for (; d + V::N <= dim; d += V::N) add(load(k0 + d), load(k1 + d), [](const Acc<T>* x) { return load(x); });
+  for (; d + V::N <= dim; d += V::N) add(load(k0 + d), load(k1 + d), [](const A* x) { return load(x); });
   if (const int rest = static_cast<int>(dim - d); rest > 0)
-    add(load(k0 + d, rest), load(k1 + d, rest), [rest](const Acc<T>* x) { return load(x, rest); });
+    add(load(k0 + d, rest), load(k1 + d, rest), [rest](const A* x) { return load(x, rest); });
   for (int r = 0; r < R; ++r) {
     scores[r * kTile] = sum(acc[r][0]);
     scores[r * kTile + 1] = sum(acc[r][1]);
   }
 }
 
-template <int R, class T>
-void score_rows(const Acc<T>* q, const T* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
-                Acc<T>* scores) {
+template <int R, class S, class A>
+void score_rows(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, A* scores) {
   for (std::int64_t j = 0; j < keys; j += 2) {  // an odd last key is taken twice; the tile has room
-    const T* k0 = key + j * key_row;
+    const S* k0 = key + j * key_row;
     dot_pair<R>(q, k0, j + 1 < keys ? k0 + key_row : k0, dim, scores + j);
   }
 }
 
 // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for R rows and W vectors of columns.
-template <int R, int W, class T>
-void add_columns(const Acc<T>* p, const T* v, std::int64_t v_row, std::int64_t keys, const Acc<T>* shrink, Acc<T>* o,
+template <int R, int W, class S, class A>
+void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, A* o,
                  std::int64_t o_row) {
-  using V = Vec<Acc<T>>;
+  using V = Vec<A>;
   V acc[R][W];
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) acc[r][w] = load(o + r * o_row + w * V::N) * V(shrink[r]);
@@ -81,10 +80,10 @@ void add_columns(const Acc<T>* p, const T* v, std::int64_t v_row, std::int64_t k
     for (int w = 0; w < W; ++w) store(o + r * o_row + w * V::N, acc[r][w]);
 }
 
-template <int R, class T>
-void add_values(const Acc<T>* p, const T* v, std::int64_t v_row, std::int64_t keys, const Acc<T>* shrink, Acc<T>* o,
+template <int R, class S, class A>
+void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, A* o,
                 std::int64_t dim_v) {
-  using V = Vec<Acc<T>>;
+  using V = Vec<A>;
   constexpr int W = R <= 2 ? 4 : 2;
   std::int64_t c = 0;
   for (; c + W * V::N <= dim_v; c += W * V::N) add_columns<R, W>(p, v + c, v_row, keys, shrink, o + c, dim_v);
@@ -98,6 +97,12 @@ void add_values(const Acc<T>* p, const T* v, std::int64_t v_row, std::int64_t ke
   }
 }
 
+// to[j] *= scale[j * stride]
+template <class A>
+void multiply_each(const A* scale, std::int64_t stride, std::int64_t n, A* to) {
+  for (std::int64_t j = 0; j < n; ++j) to[j] *= scale[j * stride];
+}
+
 // Calls f with the number of rows as a compile-time constant, 4 rows at a time and then the rest.
 template <class F>
 void by_four(std::int64_t rows, const F& f) {
@@ -109,8 +114,8 @@ void by_four(std::int64_t rows, const F& f) {
 }
 
 // The chunk's keys [from, to) for all rows of one KV head: sums o (rows, Dv), then the largest scores, then the totals.
-template <class T>
-void add_chunk(const AttentionParams& p, const Head<T>& head, std::int64_t from, std::int64_t to, Acc<T>* partial) {
+template <class T, class S>
+void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t from, std::int64_t to, Acc<T>* partial) {
   using A = Acc<T>;
   using V = Vec<A>;
   const std::int64_t rows = head.rows(), dim = p.query.size[3], dim_v = p.value.size[3];
@@ -127,16 +132,20 @@ void add_chunk(const AttentionParams& p, const Head<T>& head, std::int64_t from,
   to = std::min(to, visible(p, head.position(rows - 1), head.len_k).end);
   for (std::int64_t tile = from; tile < to; tile += kTile) {
     const std::int64_t keys = std::min(kTile, to - tile);
-    const T* key = head.key + tile * head.key_row;
+    const S* key = head.key + tile * head.key_row;
     by_four(rows, [&](auto count, std::int64_t r) {
       score_rows<count()>(q + r * kMaxDim, key, head.key_row, keys, dim, scores + r * kTile);
     });
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t padded = round_up(keys, V::N);
+      if (head.key_scale)
+        multiply_each(head.key_scale + tile * head.key_scale_row, head.key_scale_row, keys, scores + r * kTile);
       hide(p, head, r, tile, {0, keys}, padded, scores + r * kTile);
       shrink[r] = soften(scores + r * kTile, 0, padded, top[r], total[r]);
+      if (head.value_scale)
+        multiply_each(head.value_scale + tile * head.value_scale_row, head.value_scale_row, keys, scores + r * kTile);
     }
-    const T* value = head.value + tile * head.value_row;
+    const S* value = head.value + tile * head.value_row;
     by_four(rows, [&](auto count, std::int64_t r) {
       add_values<count()>(scores + r * kTile, value, head.value_row, keys, shrink + r, o + r * dim_v, dim_v);
     });
@@ -144,8 +153,8 @@ void add_chunk(const AttentionParams& p, const Head<T>& head, std::int64_t from,
 }
 
 // Merges the chunks of one KV head into the first and writes the result.
-template <class T>
-void merge(const AttentionParams& p, const Head<T>& head, std::int64_t chunks, Acc<T>* partials) {
+template <class T, class S>
+void merge(const AttentionParams& p, const Head<T, S>& head, std::int64_t chunks, Acc<T>* partials) {
   using A = Acc<T>;
   const std::int64_t rows = head.rows(), dim_v = p.value.size[3], size = partial_size(p);
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -162,7 +171,7 @@ void merge(const AttentionParams& p, const Head<T>& head, std::int64_t chunks, A
   }
 }
 
-template <class T>
+template <class T, class S>
 void decode(const AttentionParams& p) {
   const std::int64_t kv_heads = p.key.size[1], heads = p.query.size[0] * kv_heads;
   const std::int64_t chunks = chunks_of(p), size = partial_size(p);
@@ -170,13 +179,13 @@ void decode(const AttentionParams& p) {
   parallel_for(heads * chunks, p.key.numel(), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t head = task / chunks, chunk = task % chunks;
-      add_chunk(p, head_of<T>(p, head / kv_heads, head % kv_heads), chunk * kChunk, (chunk + 1) * kChunk,
+      add_chunk(p, head_of<T, S>(p, head / kv_heads, head % kv_heads), chunk * kChunk, (chunk + 1) * kChunk,
                 partials + task * size);
     }
   });
   parallel_for(heads, heads * chunks * size, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head)
-      merge(p, head_of<T>(p, head / kv_heads, head % kv_heads), chunks, partials + head * chunks * size);
+      merge(p, head_of<T, S>(p, head / kv_heads, head % kv_heads), chunks, partials + head * chunks * size);
   });
 }
 
@@ -193,7 +202,7 @@ std::int64_t attention_decode_scratch_bytes(const AttentionParams& p) {
 
 void attention_decode(const AttentionParams& p) {
   if (p.query.numel() == 0 && p.out.numel() == 0) return;
-  with_storage_type(p.query.dtype, [&](auto t) { decode<decltype(t)>(p); });
+  with_cache_type(p, [&](auto t, auto s) { decode<decltype(t), decltype(s)>(p); });
 }
 
 }  // namespace qvl::cpu

@@ -67,18 +67,28 @@ void score_panel(const A* strip, const A* panel, std::int64_t dim, A* s, std::in
   store_tile(s, row, acc);
 }
 
+// row[i] *= by
+template <class A>
+void multiply(A* row, Vec<A> by, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + Vec<A>::N <= n; i += Vec<A>::N) store(row + i, load(row + i) * by);
+  if (const int rest = static_cast<int>(n - i); rest > 0) store(row + i, load(row + i, rest) * by, rest);
+}
+
 // A row to place k of its column panels [panel][count][2 N], zeros beyond `dim`.
-template <class T>
-void to_panels(const T* from, std::int64_t dim, std::int64_t k, std::int64_t count, Acc<T>* panels) {
-  using A = Acc<T>;
+template <class S, class A>
+void to_panels(const S* from, std::int64_t dim, std::int64_t k, std::int64_t count, A* panels, A scale = A(1)) {
   using V = Vec<A>;
+  const V by(scale);
   A* to = panels + k * kPanel<A>;
   std::int64_t c = 0;
   for (; c + kPanel<A> <= dim; c += kPanel<A>, to += count * kPanel<A>) {
-    store(to, load(from + c));
-    store(to + V::N, load(from + c + V::N));
+    store(to, load(from + c) * by);
+    store(to + V::N, load(from + c + V::N) * by);
   }
-  if (c < dim) widen(from + c, dim - c, kPanel<A>, to);
+  if (c == dim) return;
+  widen(from + c, dim - c, kPanel<A>, to);
+  multiply(to, by, kPanel<A>);
 }
 
 // to[d * stride + i] = rows[i][d]; the last line may be followed by 8 - stride more elements.
@@ -95,13 +105,6 @@ void transpose_eight(const A* const (&rows)[8], std::int64_t dim, A* to, std::in
     for (int i = 0; i < std::min<int>(8, stride); ++i) to[d * stride + i] = rows[i][d];
 }
 
-template <class A>
-void multiply(A* row, Vec<A> by, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + Vec<A>::N <= n; i += Vec<A>::N) store(row + i, load(row + i) * by);
-  if (const int rest = static_cast<int>(n - i); rest > 0) store(row + i, load(row + i, rest) * by, rest);
-}
-
 // Six rows to one strip [D][6], and up to kStripSlack elements beyond.
 constexpr int kStripSlack = 2;
 template <class A>
@@ -111,10 +114,11 @@ void to_strip(const A* rows, std::int64_t row, std::int64_t dim, A* strip) {
   transpose_eight(eight, dim, strip, kStrip);
 }
 
-// Rows of T, transposed, to panels of rows [panel][D][2 N], zeros for what fills up the last panel.
-template <class T>
-void pack_transposed(const T* from, std::int64_t row, std::int64_t rows, std::int64_t dim, Acc<T>* to) {
-  using A = Acc<T>;
+// Rows, transposed, to panels of rows [panel][D][2 N], zeros for what fills up the last panel. With `scale` row j is
+// multiplied by scale[j * scale_row].
+template <class S, class A>
+void pack_transposed(const S* from, std::int64_t row, std::int64_t rows, std::int64_t dim, A* to,
+                     const A* scale = nullptr, std::int64_t scale_row = 0) {
   A wide[8][kMaxDim];
   for (std::int64_t j = 0; j < round_up(rows, kPanel<A>); j += 8) {
     const A* eight[8];
@@ -122,10 +126,11 @@ void pack_transposed(const T* from, std::int64_t row, std::int64_t rows, std::in
       eight[i] = wide[i];
       if (j + i >= rows) {
         std::fill_n(wide[i], dim, A(0));
-      } else if constexpr (std::is_same_v<T, A>) {
+      } else if constexpr (std::is_same_v<S, A>) {
         eight[i] = from + (j + i) * row;
       } else {
         widen(from + (j + i) * row, dim, dim, wide[i]);
+        if (scale != nullptr) multiply(wide[i], Vec<A>(scale[(j + i) * scale_row]), dim);
       }
     }
     transpose_eight(eight, dim, to + j / kPanel<A> * kPanel<A> * dim + j % kPanel<A>, kPanel<A>);

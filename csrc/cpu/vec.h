@@ -103,6 +103,12 @@ inline Vec<float> load(const f16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline Vec<float> load(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), p)); }
+inline Vec<float> load(const std::int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec<float> load(const std::int8_t* p, int n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first16(n), p)));
+}
 inline Vec<double> load(const double* p) { return _mm512_loadu_pd(p); }
 inline Vec<double> load(const double* p, int n) { return _mm512_maskz_loadu_pd(first8(n), p); }
 
@@ -212,6 +218,14 @@ inline Vec<float> load(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinte
 inline Vec<float> load(const bf16* p, int n) { return widen_bf16(load_first8_u16(p, n)); }
 inline Vec<float> load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Vec<float> load(const f16* p, int n) { return _mm256_cvtph_ps(load_first8_u16(p, n)); }
+inline Vec<float> load(const std::int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec<float> load(const std::int8_t* p, int n) {
+  std::int8_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n));
+  return load(buffer);
+}
 inline Vec<double> load(const double* p) { return _mm256_loadu_pd(p); }
 inline Vec<double> load(const double* p, int n) { return _mm256_maskload_pd(p, first4(n)); }
 
