@@ -157,6 +157,21 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
   return 0;
 }
 
+double fma_loop(std::int64_t steps, const TensorView& sink) {
+  contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
+  require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
+  py::gil_scoped_release release;
+  return cpu::fma_loop(steps, threads(), sink.as<float>());
+}
+
+void read_loop(const TensorView& data, const TensorView& sink) {
+  contiguous(data, data.numel(), DType::f32, sink, "read_loop: data");
+  contiguous(sink, sink.numel(), DType::f32, sink, "read_loop: sink");
+  require(sink.device < 0 && sink.numel() >= threads(), "read_loop: sink");
+  py::gil_scoped_release release;
+  cpu::read_loop(data.as<float>(), data.numel(), threads(), sink.as<float>());
+}
+
 }  // namespace
 }  // namespace qvl
 
@@ -166,6 +181,8 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
   m.def("attention", &qvl::attention);
   m.def("attention_backward", &qvl::attention_backward);
+  m.def("fma_loop", &qvl::fma_loop);
+  m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
   m.def("max_threads", &qvl::threads);
 }

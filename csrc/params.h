@@ -42,6 +42,8 @@ std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t thre
 std::int64_t attention_backward_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 void attention(const AttentionParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
+void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);
 }  // namespace cpu

@@ -43,12 +43,27 @@ void store_tile(A* to, std::int64_t row, const Tile<A>& acc) {
   }
 }
 
-// acc[r][w] += sum over k < count of a[r Row + k Step] panel[k][w].
+// acc[r][w] += sum over k < count of a[r Row + k Step] panel[k][w]. Two steps at a time: 94 to 100 % of the FMA peak
+// from L1; four lose a tenth on AVX2, where long displacements no longer fit the decoded-instruction cache. Inlined
+// always: behind a call the accumulators would live in memory.
 template <int Row, int Step, class A>
-void multiply_add(const A* a, const A* panel, std::int64_t count, Tile<A>& acc) {
+[[gnu::always_inline]] inline void multiply_add(const A* a, const A* panel, std::int64_t count, Tile<A>& acc) {
   using V = Vec<A>;
-#pragma GCC unroll 4
-  for (std::int64_t k = 0; k < count; ++k, a += Step, panel += kPanel<A>) {
+  constexpr int kUnroll = 2;
+  std::int64_t k = 0;
+  for (; k + kUnroll <= count; k += kUnroll, a += kUnroll * Step, panel += kUnroll * kPanel<A>) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kUnroll; ++i) {
+      const V b0 = load(panel + i * kPanel<A>), b1 = load(panel + i * kPanel<A> + V::N);
+#pragma GCC unroll 6
+      for (int r = 0; r < kStrip; ++r) {
+        const V x(a[r * Row + i * Step]);
+        acc[r][0] = fma(x, b0, acc[r][0]);
+        acc[r][1] = fma(x, b1, acc[r][1]);
+      }
+    }
+  }
+  for (; k < count; ++k, a += Step, panel += kPanel<A>) {
     const V b0 = load(panel), b1 = load(panel + V::N);
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r) {
