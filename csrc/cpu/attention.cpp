@@ -168,7 +168,8 @@ class Block {
 
   // With the tops as they are; false, and nothing but the scores changed, where they will not do.
   bool soften_relative(std::int64_t strip, Range seen, A* scores) {
-    V added[kStrip], largest;
+    V added[kStrip], largest = V::zero();
+    clear(added);
     for (int r = 0; r < kStrip; ++r) {
       const V shift(m_[at_.top + strip * kStrip + r]), most(A(127));
       for (std::int64_t j = seen.begin; j < round_up(seen.end, kPanel<A>); j += V::N) {

@@ -146,7 +146,7 @@ A soften(A* scores, std::int64_t begin, std::int64_t padded, A& top, A& total) {
   const A now = largest(largest_so_far);
   const A safe = now == -std::numeric_limits<A>::infinity() ? A(0) : now;  // nothing seen yet: -inf - -inf is NaN
   const V shift(safe);
-  V added;
+  V added = V::zero();
   for (std::int64_t j = begin; j < padded; j += V::N) {
     const V e = exp2_to_127(load(scores + j) - shift);
     store(scores + j, e);

@@ -79,7 +79,7 @@ void add_from_panels(const A* panels, std::int64_t k, std::int64_t count, A fact
 template <class A>
 A dot(const A* a, const A* b, std::int64_t n) {
   using V = Vec<A>;
-  V acc;
+  V acc = V::zero();
   std::int64_t i = 0;
   for (; i + V::N <= n; i += V::N) acc = fma(load(a + i), load(b + i), acc);
   if (const int rest = static_cast<int>(n - i); rest > 0) acc = fma(load(a + i, rest), load(b + i, rest), acc);
@@ -198,6 +198,7 @@ class Pair {
       for (int s = 0; s < kStrips; ++s) {
         const auto [begin, end] = seen_[s];
         Tile<A> acc;
+        clear_tile<A>(acc);
         multiply_add<kTile, 1>(m_ + at_.grad_scores + s * kStrip * kTile + begin,
                                m_ + at_.key + c * kTile + begin * kPanel<A>, end - begin, acc);
         store_tile(m_ + at_.grad_query + c * kRows + s * kStrip * kPanel<A>, kPanel<A>, acc);

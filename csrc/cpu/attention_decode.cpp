@@ -3,9 +3,11 @@
 // Regime: memory. Every key and value is read once, for all rows of its group; 2 Lk (D + Dv) s bytes a KV head against
 // 2 Lk (D + Dv) FLOPs a row leave an AVX2 core waiting for memory up to about 8 rows. So nothing is packed or copied:
 //
-//   scores  rows of K times rows of q along D, 4 rows and 2 keys at a time (8 accumulators), converted from storage in
-//           registers; 128 keys, then softmax
-//   values  V rows in place, up to 4 rows times 2 vectors of columns, or 2 rows times 4
+//   scores  rows of K times rows of q along D, R rows and 8 / R keys at a time (8 accumulators: the latency of 4 x 2
+//           FMAs), converted from storage in registers; 64 keys, then softmax
+//   values  V rows in place, R rows times 8 / R vectors of columns
+//   memory  what comes next is asked for in time: V while its keys are scored, the next keys while values are added;
+//           each stream is then read in the order of its addresses
 //   chunks  1024 keys each are independent tasks; their sums are merged by their largest scores. The size is fixed, so
 //   the
 //           result does not depend on the number of threads.
@@ -20,7 +22,7 @@ namespace qvl::cpu {
 namespace {
 
 constexpr std::int64_t kMaxRows = 16;
-constexpr std::int64_t kTile = 128;
+constexpr std::int64_t kTile = 64;
 constexpr std::int64_t kChunk = 1024;
 
 std::int64_t chunks_of(const AttentionParams& p) { return (p.key.size[2] + kChunk - 1) / kChunk; }
@@ -30,64 +32,102 @@ std::int64_t partial_size(const AttentionParams& p) {
   return p.query.size[2] * (p.query.size[1] / p.key.size[1]) * (p.value.size[3] + 2);
 }
 
-// scores[r][j] = q[r] . k[j] for R rows and 2 keys.
+// Keys at a time for R rows.
+template <int R>
+constexpr int kKeys = R == 1   ? 8
+                      : R == 2 ? 4
+                               : 2;
+
+// scores[r][j] = q[r] . key[j] for R rows and kKeys<R> keys. Keys beyond `keys` repeat the last one; the tile has room.
 template <int R, class S, class A>
-void dot_pair(const A* q, const S* k0, const S* k1, std::int64_t dim, A* scores) {
+void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, A* scores) {
   using V = Vec<A>;
-  V acc[R][2];
+  constexpr int K = kKeys<R>;
+  const S* k[K];
+  for (int j = 0; j < K; ++j) k[j] = key + std::min<std::int64_t>(j, keys - 1) * key_row;
+  V acc[8];
+  clear(acc);
   std::int64_t d = 0;
-  const auto add = [&](V a, V b, auto query) {
+  for (; d + V::N <= dim; d += V::N) {
+    V line[K];
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) line[j] = load(k[j] + d);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const V x = query(q + r * kMaxDim + d);
-      acc[r][0] = fma(x, a, acc[r][0]);
-      acc[r][1] = fma(x, b, acc[r][1]);
+      const V x = load(q + r * kMaxDim + d);
+#pragma GCC unroll 8
+      for (int j = 0; j < K; ++j) acc[r * K + j] = fma(x, line[j], acc[r * K + j]);
     }
-  };
-  for (; d + V::N <= dim; d += V::N) add(load(k0 + d), load(k1 + d), [](const A* x) { return load(x); });
-  if (const int rest = static_cast<int>(dim - d); rest > 0)
-    add(load(k0 + d, rest), load(k1 + d, rest), [rest](const A* x) { return load(x, rest); });
-  for (int r = 0; r < R; ++r) {
-    scores[r * kTile] = sum(acc[r][0]);
-    scores[r * kTile + 1] = sum(acc[r][1]);
   }
+  A sums[8];
+  four_sums(acc[0], acc[1], acc[2], acc[3], sums);
+  four_sums(acc[4], acc[5], acc[6], acc[7], sums + 4);
+  if (const int rest = static_cast<int>(dim - d); rest > 0)  // apart, so that the sums above stay in registers
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < K; ++j) sums[r * K + j] += sum(load(q + r * kMaxDim + d, rest) * load(k[j] + d, rest));
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < K; ++j) scores[r * kTile + j] = sums[r * K + j];
 }
 
+// Rows that will be needed next: their part beside keys [j, j + n) of the tile at hand.
+template <class S>
+struct Ahead {
+  const S* rows;
+  std::int64_t row, count, bytes;
+
+  void ask(std::int64_t j, std::int64_t n) const {
+    for (std::int64_t i = j; i < std::min(j + n, count); ++i) prefetch(rows + i * row, bytes);
+  }
+};
+
 template <int R, class S, class A>
-void score_rows(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, A* scores) {
-  for (std::int64_t j = 0; j < keys; j += 2) {  // an odd last key is taken twice; the tile has room
-    const S* k0 = key + j * key_row;
-    dot_pair<R>(q, k0, j + 1 < keys ? k0 + key_row : k0, dim, scores + j);
+void score_rows(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
+                const Ahead<S>& ahead, A* scores) {
+  for (std::int64_t j = 0; j < keys; j += kKeys<R>) {
+    ahead.ask(j, kKeys<R>);
+    dot_keys<R>(q, key + j * key_row, key_row, keys - j, dim, scores + j);
   }
 }
 
 // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for R rows and W vectors of columns.
 template <int R, int W, class S, class A>
-void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, A* o,
-                 std::int64_t o_row) {
+void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, const Ahead<S>& ahead,
+                 A* o, std::int64_t o_row) {
   using V = Vec<A>;
   V acc[R][W];
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) acc[r][w] = load(o + r * o_row + w * V::N) * V(shrink[r]);
   for (std::int64_t j = 0; j < keys; ++j) {
+    ahead.ask(j, 1);
     V value[W];
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) value[w] = load(v + j * v_row + w * V::N);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const V x(p[r * kTile + j]);
+#pragma GCC unroll 8
       for (int w = 0; w < W; ++w) acc[r][w] = fma(x, value[w], acc[r][w]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) store(o + r * o_row + w * V::N, acc[r][w]);
 }
 
 template <int R, class S, class A>
-void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, A* o,
+void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, Ahead<S> ahead, A* o,
                 std::int64_t dim_v) {
   using V = Vec<A>;
-  constexpr int W = R <= 2 ? 4 : 2;
+  constexpr int W = R == 1 ? 8 : R == 2 ? 4 : 2;
   std::int64_t c = 0;
-  for (; c + W * V::N <= dim_v; c += W * V::N) add_columns<R, W>(p, v + c, v_row, keys, shrink, o + c, dim_v);
-  for (; c + V::N <= dim_v; c += V::N) add_columns<R, 1>(p, v + c, v_row, keys, shrink, o + c, dim_v);
+  for (; c + W * V::N <= dim_v; c += W * V::N) {
+    add_columns<R, W>(p, v + c, v_row, keys, shrink, ahead, o + c, dim_v);
+    ahead.count = 0;  // asked for once
+  }
+  for (; c + V::N <= dim_v; c += V::N) add_columns<R, 1>(p, v + c, v_row, keys, shrink, ahead, o + c, dim_v);
   const int rest = static_cast<int>(dim_v - c);
   if (rest == 0) return;
   for (int r = 0; r < R; ++r) {
@@ -100,7 +140,11 @@ void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, c
 // to[j] *= scale[j * stride]
 template <class A>
 void multiply_each(const A* scale, std::int64_t stride, std::int64_t n, A* to) {
-  for (std::int64_t j = 0; j < n; ++j) to[j] *= scale[j * stride];
+  using V = Vec<A>;
+  std::int64_t j = 0;
+  if (stride == 1)
+    for (; j + V::N <= n; j += V::N) store(to + j, load(to + j) * load(scale + j));
+  for (; j < n; ++j) to[j] *= scale[j * stride];
 }
 
 // Calls f with the number of rows as a compile-time constant, 4 rows at a time and then the rest.
@@ -131,10 +175,13 @@ void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t fr
   from = std::max(from, visible(p, head.position(0), head.len_k).begin);
   to = std::min(to, visible(p, head.position(rows - 1), head.len_k).end);
   for (std::int64_t tile = from; tile < to; tile += kTile) {
-    const std::int64_t keys = std::min(kTile, to - tile);
-    const S* key = head.key + tile * head.key_row;
+    const std::int64_t keys = std::min(kTile, to - tile), next = std::min(kTile, to - tile - keys);
+    const S *key = head.key + tile * head.key_row, *value = head.value + tile * head.value_row;
+    Ahead<S> values{value, head.value_row, keys, dim_v * static_cast<std::int64_t>(sizeof(S))};
+    Ahead<S> next_keys{key + keys * head.key_row, head.key_row, next, dim * static_cast<std::int64_t>(sizeof(S))};
     by_four(rows, [&](auto count, std::int64_t r) {
-      score_rows<count()>(q + r * kMaxDim, key, head.key_row, keys, dim, scores + r * kTile);
+      score_rows<count()>(q + r * kMaxDim, key, head.key_row, keys, dim, values, scores + r * kTile);
+      values.count = 0;  // asked for once
     });
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t padded = round_up(keys, V::N);
@@ -145,9 +192,9 @@ void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t fr
       if (head.value_scale)
         multiply_each(head.value_scale + tile * head.value_scale_row, head.value_scale_row, keys, scores + r * kTile);
     }
-    const S* value = head.value + tile * head.value_row;
     by_four(rows, [&](auto count, std::int64_t r) {
-      add_values<count()>(scores + r * kTile, value, head.value_row, keys, shrink + r, o + r * dim_v, dim_v);
+      add_values<count()>(scores + r * kTile, value, head.value_row, keys, shrink + r, next_keys, o + r * dim_v, dim_v);
+      next_keys.count = 0;
     });
   }
 }

@@ -26,7 +26,13 @@ template <class A>
 using Tile = Vec<A>[kStrip][2];
 
 template <class A>
-void load_tile(const A* from, std::int64_t row, Tile<A>& acc) {
+[[gnu::always_inline]] inline void clear_tile(Tile<A>& acc) {
+#pragma GCC unroll 6
+  for (auto& row : acc) clear(row);
+}
+
+template <class A>
+[[gnu::always_inline]] inline void load_tile(const A* from, std::int64_t row, Tile<A>& acc) {
 #pragma GCC unroll 6
   for (int r = 0; r < kStrip; ++r) {
     acc[r][0] = load(from + r * row);
@@ -35,7 +41,7 @@ void load_tile(const A* from, std::int64_t row, Tile<A>& acc) {
 }
 
 template <class A>
-void store_tile(A* to, std::int64_t row, const Tile<A>& acc) {
+[[gnu::always_inline]] inline void store_tile(A* to, std::int64_t row, const Tile<A>& acc) {
 #pragma GCC unroll 6
   for (int r = 0; r < kStrip; ++r) {
     store(to + r * row, acc[r][0]);
@@ -78,6 +84,7 @@ template <int Row, int Step, class A>
 template <class A>
 void score_panel(const A* strip, const A* panel, std::int64_t dim, A* s, std::int64_t row) {
   Tile<A> acc;
+  clear_tile<A>(acc);
   multiply_add<1, kStrip>(strip, panel, dim, acc);
   store_tile(s, row, acc);
 }

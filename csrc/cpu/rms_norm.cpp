@@ -29,6 +29,7 @@ Acc<T> add_and_square(const T* x, const T* residual, T* hidden, std::int64_t cha
     return rounded_to(hidden, h);
   };
   V square[4];
+  clear(square);
   std::int64_t c = 0;
   for (; c + 4 * V::N <= channels; c += 4 * V::N)
     for (int i = 0; i < 4; ++i) {
@@ -85,7 +86,7 @@ Acc<T> project(const T* grad_y, const T* hidden, const T* weight, Acc<T> rstd, A
                std::int64_t channels) {
   using V = Vec<Acc<T>>;
   const V r(rstd);
-  V dot;
+  V dot = V::zero();
   std::int64_t c = 0;
   for (; c + V::N <= channels; c += V::N) {
     const V g = load(grad_y + c) * (load(hidden + c) * r);
@@ -146,7 +147,7 @@ void backward(const RmsNormBackwardParams& p) {
   T* grad_weight = p.grad_weight.as<T>();
   for (std::int64_t c = 0; c < channels; c += V::N) {
     const int n = static_cast<int>(std::min<std::int64_t>(V::N, channels - c));
-    V total;
+    V total = V::zero();
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       const A* from = partial + chunk * channels + c;
       total = total + (n == V::N ? load(from) : load(from, n));

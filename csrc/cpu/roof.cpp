@@ -18,7 +18,7 @@ double fma_loop(std::int64_t steps, std::int64_t threads, float* sink) {
       for (std::int64_t i = 0; i < steps; ++i)
 #pragma GCC unroll 12
         for (auto& a : acc) a = fma(a, x, y);
-      V total;
+      V total = V::zero();
       for (const auto& a : acc) total = total + a;
       sink[thread] = sum(total);
     }
@@ -33,10 +33,11 @@ void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* s
     for (std::int64_t thread = begin; thread < end; ++thread) {
       const std::int64_t from = n / threads * thread, to = from + n / threads;
       V acc[8];
+      clear(acc);
       for (std::int64_t i = from; i + 8 * V::N <= to; i += 8 * V::N)
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) acc[j] = acc[j] + load(data + i + j * V::N);
-      V total;
+      V total = V::zero();
       for (const auto& a : acc) total = total + a;
       sink[thread] = sum(total);
     }

@@ -7,7 +7,9 @@
 //   Vec<double>  4 lanes   8 lanes
 //
 // float16 and bfloat16 are storage types: they widen on load and are rounded to nearest even on store, NaN stays NaN.
-// `load(p, n)` and `store(p, v, n)` touch exactly the first n < N elements; lanes beyond read as zero.
+// A Vec is not initialised by itself: GCC would clear an array of them with a loop, and then keep it in memory instead
+// of registers. `zero()` and, for arrays, `clear` do. `load(p, n)` and `store(p, v, n)` touch exactly the first n < N
+// elements; lanes beyond read as zero.
 #pragma once
 
 #include <immintrin.h>
@@ -46,7 +48,8 @@ template <>
 struct Vec<float> {
   static constexpr int N = 16;
   __m512 v;
-  Vec() : v(_mm512_setzero_ps()) {}
+  Vec() = default;
+  static Vec zero() { return _mm512_setzero_ps(); }
   Vec(__m512 x) : v(x) {}
   explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
 };
@@ -54,7 +57,8 @@ template <>
 struct Vec<double> {
   static constexpr int N = 8;
   __m512d v;
-  Vec() : v(_mm512_setzero_pd()) {}
+  Vec() = default;
+  static Vec zero() { return _mm512_setzero_pd(); }
   Vec(__m512d x) : v(x) {}
   explicit Vec(double x) : v(_mm512_set1_pd(x)) {}
 };
@@ -66,6 +70,9 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_
 inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
+inline __m256 halves(Vec<float> a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+}
 inline Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
 inline bool any_above(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline float first(Vec<float> a) { return _mm512_cvtss_f32(a.v); }
@@ -131,7 +138,8 @@ template <>
 struct Vec<float> {
   static constexpr int N = 8;
   __m256 v;
-  Vec() : v(_mm256_setzero_ps()) {}
+  Vec() = default;
+  static Vec zero() { return _mm256_setzero_ps(); }
   Vec(__m256 x) : v(x) {}
   explicit Vec(float x) : v(_mm256_set1_ps(x)) {}
 };
@@ -139,7 +147,8 @@ template <>
 struct Vec<double> {
   static constexpr int N = 4;
   __m256d v;
-  Vec() : v(_mm256_setzero_pd()) {}
+  Vec() = default;
+  static Vec zero() { return _mm256_setzero_pd(); }
   Vec(__m256d x) : v(x) {}
   explicit Vec(double x) : v(_mm256_set1_pd(x)) {}
 };
@@ -159,6 +168,7 @@ inline float largest(Vec<float> a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
+inline __m256 halves(Vec<float> a) { return a.v; }
 inline Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
 inline bool any_above(Vec<float> a, Vec<float> b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
@@ -246,6 +256,13 @@ inline void store(double* p, Vec<double> a, int n) { _mm256_maskstore_pd(p, firs
 #error "vec.h needs -mavx2 -mfma -mf16c or the AVX-512 flags of setup.py"
 #endif
 
+// Sets N vectors to zero, one by one, so that they can be registers.
+template <int N, class A>
+[[gnu::always_inline]] inline void clear(Vec<A> (&v)[N]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) v[i] = Vec<A>::zero();
+}
+
 // 2^x for x <= 127 with an error below 1 ULP, NaN for NaN; 0 for x < -126.5, so that results are never subnormal (they
 // are slow and nothing needs them). x = n + f with |f| <= 1/2: adding 1.5 2^23 + 127 rounds x to n and leaves n + 127,
 // the exponent of 2^n, in the lowest bits. 2^f is 1 + f times a minimax polynomial; its relative error is 2e-9.
@@ -269,6 +286,22 @@ inline Vec<double> exp2_to_127(Vec<double> x) {
   for (double& value : lane) value = std::exp2(value);
   std::memcpy(&x.v, lane, sizeof lane);
   return x;
+}
+
+// The sums of the lanes of four vectors, together: a third of the instructions of four sums.
+inline void four_sums(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* to) {
+  const __m256 ab = _mm256_hadd_ps(halves(a), halves(b)), cd = _mm256_hadd_ps(halves(c), halves(d));
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+inline void four_sums(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* to) {
+  to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+}
+
+// Asks for the cache lines of [p, p + bytes).
+inline void prefetch(const void* p, std::int64_t bytes) {
+  const char* const line = static_cast<const char*>(p);
+  for (std::int64_t i = 0; i < bytes; i += 64) _mm_prefetch(line + i, _MM_HINT_T0);
 }
 
 // dst[i * stride + j] = rows[j][i] for an 8 x 8 block of floats, stored in the order of i: with a stride below 8 a line
