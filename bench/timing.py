@@ -1,8 +1,9 @@
 """How every bench measures: check first, then interleaved runs, then the relation to the roofs of this machine.
 
-A case times ours, the reference and torch's own in turn, round after round, so that a change of the machine's clock or
-load meets all of them; the figure is the median over the rounds. The roofs (read bandwidth, FMA peak of torch's matrix
-product) are measured in the same process.
+A case times ours, the reference, torch's own and the roofs in turn, round after round, so that a change of the
+machine's clock or load meets all of them; a figure is the median over the rounds. The roofs are loops of the native
+module (`csrc/cpu/roof.cpp`) on the same threads: fused multiply-adds from registers, and one pass over 256 MiB. Data
+that fit the caches are read faster than that: more than 100 % of the roof.
 """
 
 from __future__ import annotations
@@ -21,26 +22,35 @@ from statistics import median
 import torch
 
 import qvl_kernels
+from qvl_kernels import _backends
 
 RESULTS: list[Row] = []
+
+
+READ_BYTES = 256 << 20
+SECONDS_A_CASE = 2.0  # what a case may take, but for three rounds at least
 
 
 @dataclass(frozen=True)
 class Case:
     """One line of a bench's table.
 
-    `flops` and `bytes` are what the operation needs at least; the bench's docstring gives the formulas.
+    `flops` and `bytes` are what the operation needs at least; the bench's docstring gives the formulas. Cases of one
+    `series` that differ in `length` are a line of the plot.
     """
 
     operation: str
     name: str
     flops: float
     bytes: float
+    series: str = ""
+    length: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured. Times in microseconds, each the median over interleaved rounds."""
+    """What was measured. Times in microseconds, each the median over interleaved rounds; reference_us is 0 where the
+    reference is too slow to run."""
 
     operation: str
     name: str
@@ -53,17 +63,23 @@ class Row:
     ratio_to_torch: float
     backend: str
     threads: int
+    fma_gflops: float
+    read_gbytes: float
+    series: str
+    length: int
+    flops: float
 
 
-def measure(case: Case, runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds per call of each run, interleaved over `rounds` rounds of at least 2 ms each."""
-    calls = {}
+def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds per call of each run, interleaved over at most `rounds` rounds of at least 2 ms each."""
+    calls, total = {}, 0.0
     for name, run in runs.items():
-        start = time.perf_counter()
         run()
-        calls[name] = max(1, int(2e-3 / (time.perf_counter() - start + 1e-9)))
+        once = _seconds(run)
+        calls[name] = max(1, int(2e-3 / (once + 1e-9)))
+        total += once * calls[name]
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(min(rounds, max(3, int(SECONDS_A_CASE / total)))):
         for name, run in runs.items():
             start = time.perf_counter()
             for _ in range(calls[name]):
@@ -75,36 +91,50 @@ def measure(case: Case, runs: dict[str, Callable[[], object]], rounds: int) -> d
 def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
     """Relates the times to the roof: the larger of flops / FMA peak and bytes / read bandwidth is 100 %."""
     ours = seconds["ours"]
-    floor = max(case.flops / fma_peak(), case.bytes / read_bandwidth())
+    fma, read = roofs().fma_flops / seconds["fma"], READ_BYTES / seconds["read"]
     row = Row(
         case.operation,
         case.name,
         ours * 1e6,
-        seconds["reference"] * 1e6,
+        seconds.get("reference", 0.0) * 1e6,
         seconds["torch"] * 1e6,
         case.flops / ours / 1e9,
         case.bytes / ours / 1e9,
-        100 * floor / ours,
+        100 * max(case.flops / fma, case.bytes / read) / ours,
         seconds["torch"] / ours,
         backend,
         torch.get_num_threads(),
+        fma / 1e9,
+        read / 1e9,
+        case.series,
+        case.length,
+        case.flops,
     )
     RESULTS.append(row)
     return row
 
 
-@functools.cache
-def read_bandwidth() -> float:
-    """Bytes a second that all threads read from memory: the sum over 256 MiB, far more than the caches hold."""
-    data = torch.ones(64 << 20)
-    return data.nbytes / min(_seconds(data.sum) for _ in range(5))
+@dataclass(frozen=True)
+class Roofs:
+    """The two loops, and the FLOPs of the first; the second reads READ_BYTES."""
+
+    fma: Callable[[], object]
+    fma_flops: float
+    read: Callable[[], object]
 
 
 @functools.cache
-def fma_peak() -> float:
-    """FLOP/s of torch's float32 matrix product of 1536 x 1536: 2 n^3 / time, the best of five."""
-    a, b = torch.randn(2, 1536, 1536)
-    return 2 * 1536**3 / min(_seconds(lambda: a @ b) for _ in range(5))
+def roofs() -> Roofs:
+    """The native module's loops; without one, torch's matrix product and sum, which come close."""
+    data = torch.ones(READ_BYTES // 4)
+    native = [name for name in qvl_kernels.available_backends() if name.startswith("cpu")]
+    if not native:
+        a, b = torch.randn(2, 768, 768)
+        return Roofs(lambda: a @ b, 2.0 * 768**3, data.sum)
+    module, sink = _backends.module(native[0], "roof"), torch.empty(256)
+    return Roofs(
+        lambda: module.fma_loop(50_000, sink), module.fma_loop(1, sink) * 50_000, lambda: module.read_loop(data, sink)
+    )
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -121,10 +151,14 @@ def table(rows: list[Row]) -> str:
     ]
     lines += [
         f"| {r.operation} | {r.name} | {r.backend} | {r.ours_us:.1f} us | {r.gflops:.1f} | {r.gbytes:.1f} "
-        f"| {r.percent_of_roof:.0f} | {r.ratio_to_torch:.2f} | {r.reference_us / r.ours_us:.2f} |"
+        f"| {r.percent_of_roof:.0f} | {r.ratio_to_torch:.2f} | {_times(r.reference_us / r.ours_us)} |"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio else "-"
 
 
 def machine() -> dict[str, object]:
@@ -137,8 +171,8 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or "unknown",
         "backends": qvl_kernels.available_backends(),
-        "read_gbytes": round(read_bandwidth() / 1e9, 1),
-        "fma_gflops": round(fma_peak() / 1e9, 1),
+        "read_gbytes": round(median(row.read_gbytes for row in RESULTS), 1),
+        "fma_gflops": round(median(row.fma_gflops for row in RESULTS), 1),
     }
 
 
