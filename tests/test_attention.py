@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -234,10 +236,30 @@ def test_results_do_not_depend_on_the_number_of_threads(backend):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("backend", NATIVE)
+def test_memory_does_not_grow_with_the_square_of_the_length(backend):
+    """16384 tokens: the scores would be 1 GiB; beside the output there are the threads' tiles, the same as for 512."""
+    script = f"""
+import resource, torch, qvl_kernels
+from qvl_kernels._attention import NATIVE
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+scratch = lambda: NATIVE[{backend!r}]._memory.buffer.numel()
+torch.set_num_threads(2)
+q, k, v = torch.randn(3, 1, 1, 16384, 64)
+with qvl_kernels.use_backend({backend!r}):
+    qvl_kernels.attention(*(x[:, :, :512] for x in (q, k, v)), causal=True)
+    tiles, before = scratch(), peak()
+    out = qvl_kernels.attention(q, k, v, causal=True)
+    assert scratch() == tiles, (scratch(), tiles)
+    grown = peak() - before - out.nbytes
+    assert grown < 2 << 20, grown
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_sequences_give_the_same_in_blocks(backend, monkeypatch):
-    import sys
-
     q, k, v = qkv(1, 4, 2, 96, 96, 16, device=device_of(backend))
     mask = torch.rand(1, 1, 96, 96, device=q.device) < 0.8
     with on(backend):
@@ -278,6 +300,43 @@ def test_random_cases(backend, batch, heads_kv, group, len_q, len_k, dim, causal
     q, k, v = qkv(batch, heads_kv * group, heads_kv, len_q, len_k, dim, dtype=dtype, device=device_of(backend))
     lengths = torch.randint(0, len_k + 1, (batch,), device=q.device) if ragged else None
     check(backend, q, k, v, causal=causal, window=window, key_lengths=lengths)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 3), (6, 2), (8, 1)]),
+    len_q=st.integers(1, 300),
+    len_k=st.integers(1, 420),
+    dims=st.sampled_from([(64, 64), (72, 72), (80, 96), (128, 128), (5, 33), (17, 2), (256, 200)]),
+    causal=st.booleans(),
+    window=st.none() | st.tuples(st.integers(-1, 250), st.integers(-1, 250)),
+    mask=st.sampled_from([None, "bool", "float"]),
+    ragged=st.booleans(),
+    strided=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_random_cases_of_many_tiles(
+    backend, heads, len_q, len_k, dims, causal, window, mask, ragged, strided, dtype, seed
+):
+    torch.manual_seed(seed)
+    q, k, v = qkv(2, *heads, len_q, len_k, *dims, dtype=dtype)
+    if strided:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        k = torch.cat((k, k), -1)[..., : dims[0]]
+    lengths = torch.randint(0, len_k + 1, (2,)) if ragged else None
+    if mask is not None:
+        mask = torch.rand(2, 1, len_q, len_k) < 0.7 if mask == "bool" else torch.randn(heads[0], len_q, len_k)
+    with on(backend):
+        ours = attention(q, k, v, causal=causal, window=window, mask=mask, key_lengths=lengths)
+    visible = reference.visible_keys(len_q, len_k, causal, *(window or (-1, -1)), lengths, q.device)
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    scale = 1 / math.sqrt(dims[0])
+    exact = reference.forward(q.double(), k.double(), v.double(), scale, visible, wide)[0]
+    plain = reference.forward(q, k, v, scale, visible, mask)[0]
+    score = (q.double() @ k.double().repeat_interleave(heads[0] // heads[1], 1).mT).abs().max().item() * scale
+    assert_close("out", ours, exact, plain, len_k + dims[0], largest=max(1.0, score) * v.abs().max().item())
 
 
 Q = torch.zeros(2, 4, 3, 8)

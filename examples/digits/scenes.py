@@ -84,6 +84,15 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 KINDS = tuple(WORDINGS)
+# Asked in training only: who can find a colour's digit has half of what "which" takes, and yes or no is quickly learnt.
+EXERCISES: dict[str, tuple[str, ...]] = {
+    "has": (
+        "Is there a {n} digit?",
+        "Do you see a {n} digit?",
+        "Is there a {n} digit in the picture?",
+        "Does the picture show a {n} digit?",
+    ),
+}
 
 MIN_HEIGHT, MAX_HEIGHT = 28, 46  # pixels
 MIN_CENTRE_GAP = 19  # pixels between the centres of neighbours, so that "left to right" has one answer
@@ -187,6 +196,12 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
         candidates = [value for value in range(10) if (value in values) == present]
         fields["v"] = str(candidates[rng.integers(len(candidates))])
         answer = "yes" if present else "no"
+    elif kind == "has":
+        present = rng.random() < 0.5
+        there = {digit.colour for digit in scene.digits}
+        candidates = [name for name in _NAMES if (name in there) == present]
+        fields["n"] = candidates[rng.integers(len(candidates))]
+        answer = "yes" if present else "no"
     elif kind == "place":
         fields["s"] = ("left", "right")[rng.integers(2)]
         answer = str(scene.digits[0 if fields["s"] == "left" else -1].value)
@@ -198,7 +213,9 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
         chosen = single[int(rng.integers(len(single)))]
         fields |= {"v": str(chosen.value), "n": chosen.colour}
         answer = chosen.colour if kind == "colour" else str(chosen.value)
-    return Question(kind, WORDINGS[kind][rng.integers(len(WORDINGS[kind]))].format(**fields), answer)
+    return Question(
+        kind, (WORDINGS | EXERCISES)[kind][rng.integers(len((WORDINGS | EXERCISES)[kind]))].format(**fields), answer
+    )
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:

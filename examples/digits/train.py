@@ -1,13 +1,17 @@
 """Trains the checkpoint of qvl_model/assets/digits: a small Qwen3-VL that answers questions about handwriting.
 
-    python examples/digits/train.py                      # first run; README.md has the ones after it, and wall times
-    python examples/digits/train.py --out DIR --steps 3  # a smoke test
+    python examples/digits/train.py                                       # README.md has the wall time
+    python examples/digits/train.py --out DIR --small 1 --looking 1 --asking 1   # a smoke test
 
 Three stages. The vision encoder learns alone, first on small pictures of one digit, then on scenes: linear heads name
 the digit, the colour and the places under every visual token and draw the ink of every patch. Then the whole model
 learns, on scenes with several questions each, asked as the turns of one conversation; the loss is the cross-entropy of
 the answers' tokens, and the heads' loss, whose weight fades. The heads are thrown away. Without the first two stages
 the encoder sits for a long time on a plateau where it knows every colour and no digit, at three times the cost a step.
+
+What is asked depends on what is known: every 100 steps the model answers questions about new scenes of training scans,
+and a kind is then asked in proportion to its share of wrong answers. The kinds are learnt one after the other, each in
+its time; a fixed mixture spends most of it on what is known already.
 
 All randomness comes from --seed: step n draws from the generator (seed, n), whatever the number of workers.
 """
@@ -18,14 +22,25 @@ import argparse
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import COLOURS, KINDS, SIDE, WORDINGS, Question, Scene, ask, draw_scene, load_scans, split_scans
+from scenes import (
+    COLOURS,
+    EXERCISES,
+    KINDS,
+    SIDE,
+    WORDINGS,
+    Question,
+    Scene,
+    ask,
+    draw_scene,
+    load_scans,
+    split_scans,
+)
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
@@ -57,6 +72,8 @@ SMALL = (2 * PATCH * MERGE, 2 * PATCH * MERGE)
 SIZES = ((SIDE, SIDE), (72, 96), (96, 72), (72, 120), (120, 72))
 NOTHING = (10, len(COLOURS), 4, 4)  # what the heads call the background
 IGNORED = -100
+ASKED = (*KINDS, *EXERCISES)
+AHEAD = 20  # steps before its round in which a mixture is decided; workers draw fewer than this ahead
 TEXT_BLOCK = 16  # sequences are padded to a multiple, so that there are few shapes to compile for
 
 
@@ -120,19 +137,22 @@ class Scenes(Dataset):
     """Batch n: pixels, what the heads should see, and from the third stage on token ids and labels.
 
     `pool` are the indices of the scans to draw from, `stages` the steps at which the second and third stage begin.
+    `mixture[round]` has the weight of every kind of ASKED in a round of the third stage, in memory shared with the
+    workers; whoever trains fills it as rounds come near.
     """
 
     def __init__(
         self, processor: Processor, pool: np.ndarray, options: argparse.Namespace, stages: tuple[int, int]
     ) -> None:
         self.processor, self.pool, self.options, self.stages = processor, pool, options, stages
+        self.mixture = torch.ones(2 + options.asking // options.round, len(ASKED)).share_memory_()
         self.scans = load_scans()
         # The shipped preprocessor would enlarge small pictures; scenes it leaves as they are.
         smallest = SMALL[0] * SMALL[1]
         self.images = ImagePreprocessor(replace(processor.image_preprocessor.config, min_pixels=smallest))
 
     def __len__(self) -> int:
-        return self.options.steps
+        return self.options.small + self.options.looking + self.options.asking
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.options.seed, step])
@@ -144,7 +164,22 @@ class Scenes(Dataset):
         most = 4 if size[1] >= SIDE else 3
         scenes = [draw_scene(rng, self.scans, self.pool, 1 + i % most, size) for i in range(self.options.batch)]
         seen = self._seen(scenes)
-        return seen if step < self.stages[1] else seen | self._asked(scenes, rng)
+        if step < self.stages[1]:
+            return seen
+        weights = self.mixture[(step - self.stages[1]) // self.options.round].numpy().astype(float)
+        questions = [choose_questions(rng, scene, self.options.turns, weights) for scene in scenes]
+        return seen | self._asked(scenes, questions)
+
+    def exam(self, number: int, count: int) -> tuple[dict[str, Tensor], list[str]]:
+        """`count` scenes of one question each, the kinds in turn, and the kinds. Exams are numbered from 1."""
+        rng = np.random.default_rng([self.options.seed, 0, number])
+        scenes = [draw_scene(rng, self.scans, self.pool, 1 + i // len(ASKED) % 4) for i in range(count)]
+        questions = []
+        for i, scene in enumerate(scenes):
+            kinds = ASKED[i % len(ASKED) :] + ASKED
+            questions.append(next(q for q in (ask(rng, scene, kind) for kind in kinds) if q is not None))
+        batch = self._seen(scenes) | self._asked(scenes, [[question] for question in questions])
+        return batch, [question.kind for question in questions]
 
     def _seen(self, scenes: list[Scene]) -> dict[str, Tensor]:
         pixels, grids = self.images([scene.image for scene in scenes])
@@ -156,13 +191,10 @@ class Scenes(Dataset):
             "ink": torch.from_numpy(ink),
         }
 
-    def _asked(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
+    def _asked(self, scenes: list[Scene], questions: list[list[Question]]) -> dict[str, Tensor]:
         height, width = scenes[0].image.shape[:2]
         tokens = height * width // (PATCH * MERGE) ** 2
-        rows = [
-            self._conversation(choose_questions(rng, scene, self.options.turns, self.options.favour), tokens)
-            for scene in scenes
-        ]
+        rows = [self._conversation(of_scene, tokens) for of_scene in questions]
         longest = max(len(ids) for ids, _ in rows)
         shape = (len(rows), -(-longest // TEXT_BLOCK) * TEXT_BLOCK)
         ids, labels = torch.full(shape, self.processor.pad_token_id), torch.full(shape, IGNORED)
@@ -186,19 +218,21 @@ class Scenes(Dataset):
         return ids, labels
 
 
-def choose_questions(
-    rng: np.random.Generator, scene: Scene, turns: int, favoured: Sequence[str] = ()
-) -> list[Question]:
-    """Different kinds in random order; each mention in `favoured` makes a kind likelier to be early.
+def choose_questions(rng: np.random.Generator, scene: Scene, turns: int, weights: np.ndarray) -> list[Question]:
+    """Up to `turns` different questions, their kinds drawn by `weights` over ASKED.
 
     One that gives the others away ("read") comes last but for one time in three.
     """
-    weights = np.array([1.0 + 3.0 * favoured.count(kind) for kind in KINDS])
-    kinds = [str(kind) for kind in rng.choice(KINDS, len(KINDS), replace=False, p=weights / weights.sum())]
-    if "read" in kinds[:turns] and rng.random() < 2 / 3:
-        kinds = [kind for kind in kinds[:turns] if kind != "read"] + ["read"]
-    questions = [ask(rng, scene, kind) for kind in kinds]
-    return [question for question in questions if question is not None][:turns]
+    questions: dict[str, Question] = {}
+    for kind in rng.choice(ASKED, 4 * turns, p=weights / weights.sum()):
+        question = ask(rng, scene, str(kind))
+        read = any(asked.kind == "read" for asked in questions.values())
+        if question is not None and len(questions) < turns and not (read and kind == "read"):
+            questions.setdefault(question.text, question)
+    ordered = list(questions.values()) or [ask(rng, scene, "count")]
+    if rng.random() < 2 / 3:
+        ordered.sort(key=lambda question: question.kind == "read")
+    return [question for question in ordered if question is not None]
 
 
 def targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +287,7 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace, processor: Processor) -> None:
         self.options = options
-        self.stages = int(options.small * options.steps), int((options.small + options.looking) * options.steps)
+        self.stages = options.small, options.small + options.looking
         if options.resume:
             self.model = Qwen3VL.from_pretrained(options.resume, weights="fp32").requires_grad_().train()
         else:
@@ -276,15 +310,17 @@ class Trainer:
         self.patches = output
 
     def relative_rate(self, step: int) -> float:
-        """Warm-up and a constant rate for the encoder alone, then warm-up again to 3/4 of it and a cosine to 1 %."""
+        """Warm-up and a constant rate for the encoder alone, then warm-up again to 3/4 of it, and a cosine to nothing
+        over the last quarter."""
         asking = step - self.stages[1]
         if asking < 0:
             return min(1.0, (step + 1) / 60)
-        return min(1.0, (asking + 1) / 100) * (0.38 + 0.37 * math.cos(math.pi * self.share_asked(step)))
+        fading = max(0.0, 4 * self.share_asked(step) - 3)
+        return 0.75 * min(1.0, (asking + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * fading))
 
     def share_asked(self, step: int) -> float:
         """How much of the third stage is over."""
-        return (step - self.stages[1]) / max(1, self.options.steps - self.stages[1])
+        return (step - self.stages[1]) / max(1, self.options.asking)
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The heads' loss, and the cross-entropy of the answers' tokens (zero while the encoder learns alone)."""
@@ -319,35 +355,36 @@ class Trainer:
         return seeing.item(), answers.item()
 
     @torch.no_grad()
-    def exact(self, batch: dict[str, Tensor]) -> float:
-        """Share of rows whose every answer token is the likeliest, which is what greedy generation would write."""
+    def examine(self, exam: tuple[dict[str, Tensor], list[str]]) -> dict[str, float]:
+        """For every kind the share of questions whose every answer token is the likeliest, which is what greedy
+        generation would write."""
+        batch, kinds = exam
         logits, wanted, _ = self.answers(batch)
         row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        wrong = torch.zeros(len(batch["labels"])).index_add(0, row, (logits.argmax(-1) != wanted).float())
-        return float((wrong == 0).float().mean())
+        wrong = torch.zeros(len(kinds)).index_add(0, row, (logits.argmax(-1) != wanted).float())
+        right = {kind: [float(w == 0) for w, k in zip(wrong, kinds) if k == kind] for kind in ASKED}
+        return {kind: sum(marks) / max(1, len(marks)) for kind, marks in right.items()}
 
 
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     processor = build_processor()
     trainer = Trainer(options, processor)
-    seen, unseen = split_scans(load_scans().labels)
+    scenes = Scenes(processor, split_scans(load_scans().labels)[0], options, trainer.stages)
     loader = DataLoader(
-        Scenes(processor, seen, options, trainer.stages),
-        batch_size=None,
-        num_workers=options.workers,
-        prefetch_factor=8 if options.workers else None,
+        scenes, batch_size=None, num_workers=options.workers, prefetch_factor=8 if options.workers else None
     )
-    # Watched, not chosen by: the last step's weights are saved whatever it says.
-    watched = argparse.Namespace(**{**vars(options), "turns": 1, "favour": [], "batch": 256, "seed": 1})
-    test = Scenes(processor, unseen, watched, (0, 0))[0]
     start = time.time()
-    for number, batch in enumerate(tqdm(loader, total=options.steps, mininterval=10)):
+    for number, batch in enumerate(tqdm(loader, total=len(scenes), mininterval=10)):
         seeing, answers = trainer.step(number, batch)
-        if number % 100 == 99 or number == options.steps - 1:
-            exact = f", {trainer.exact(test):.1%} right on test scans" if number >= trainer.stages[1] else ""
+        asked, line = number + 1 - trainer.stages[1], ""
+        if asked > 0 and (asked + AHEAD) % options.round == 0:
+            right = trainer.examine(scenes.exam(asked, options.exam))
+            scenes.mixture[(asked + AHEAD) // options.round] = torch.tensor([1.05 - right[kind] for kind in ASKED])
+            line = ", right " + " ".join(f"{kind} {share:.0%}" for kind, share in right.items())
+        if line or number % 100 == 99 or number == len(scenes) - 1:
             tqdm.write(
-                f"step {number + 1}: seeing {seeing:.3f}, answers {answers:.3f}{exact}, {time.time() - start:.0f} s"
+                f"step {number + 1}: seeing {seeing:.3f}, answers {answers:.3f}{line}, {time.time() - start:.0f} s"
             )
     save(trainer.model, processor, Path(options.out))
 
@@ -361,22 +398,17 @@ def save(model: Qwen3VL, processor: Processor, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ASSETS), help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--small", type=float, default=0.15, help="share of the steps on small pictures of one digit")
-    parser.add_argument("--looking", type=float, default=0.5, help="share of the steps on scenes without questions")
+    parser.add_argument("--small", type=int, default=600, help="steps on small pictures of one digit")
+    parser.add_argument("--looking", type=int, default=2000, help="steps on scenes without questions")
+    parser.add_argument("--asking", type=int, default=2600, help="steps on scenes with questions")
+    parser.add_argument("--round", type=int, default=100, help="steps with one mixture of questions, above 20")
+    parser.add_argument("--exam", type=int, default=64 * len(ASKED), help="questions that decide what is asked next")
     parser.add_argument("--batch", type=int, default=48, help="scenes a step")
-    parser.add_argument("--turns", type=int, default=3, help="questions about each scene")
+    parser.add_argument("--turns", type=int, default=4, help="questions about each scene")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--favour",
-        nargs="*",
-        default=[],
-        choices=KINDS,
-        help="kinds to ask more often, three times more each time named",
-    )
     parser.add_argument("--resume", metavar="FOLDER", help="start from these weights; the heads start anew")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
+    parser.add_argument("--workers", type=int, default=1, choices=(0, 1, 2), help="processes that draw scenes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
     train(parser.parse_args())
 

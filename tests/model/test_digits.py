@@ -70,7 +70,7 @@ def test_training_draws_only_training_scans(processor, monkeypatch):
     drawn = []
     draw_scene = train.draw_scene
     monkeypatch.setattr(train, "draw_scene", lambda *args: drawn.append(draw_scene(*args)) or drawn[-1])
-    options = train.argparse.Namespace(steps=8, batch=6, turns=2, seed=0, favour=[])
+    options = train.argparse.Namespace(small=2, looking=2, asking=4, round=100, batch=6, turns=2, seed=0)
     batches = train.Scenes(processor, training, options, stages=(2, 4))
     for step in range(8):
         assert torch.isfinite(batches[step]["pixel_values"]).all()
@@ -113,7 +113,7 @@ def test_scenes_have_one_right_answer():
 def test_training_sees_the_tokens_and_pixels_of_inference(processor):
     scans = scenes.load_scans()
     scene = scenes.draw_scene(np.random.default_rng(0), scans, np.arange(9), 3)
-    options = train.argparse.Namespace(steps=1, batch=1, turns=1, seed=0, favour=[])
+    options = train.argparse.Namespace(small=0, looking=0, asking=1, round=100, batch=1, turns=1, seed=0)
     batches = train.Scenes(processor, np.arange(9), options, (0, 0))
     question = scenes.ask(np.random.default_rng(0), scene, "read")
     tokens = scenes.SIDE**2 // (train.PATCH * train.MERGE) ** 2
@@ -152,19 +152,8 @@ def test_the_example_picture_is_read_as_the_readme_says(model):
 
 
 def test_the_training_script_writes_a_checkpoint_that_loads(tmp_path):
-    options = [
-        "--steps",
-        "3",
-        "--looking",
-        "0.4",
-        "--batch",
-        "4",
-        "--workers",
-        "0",
-        "--no-compile",
-        "--out",
-        str(tmp_path),
-    ]
+    steps = ["--small", "1", "--looking", "1", "--asking", "2", "--round", "21"]
+    options = [*steps, "--exam", "16", "--batch", "4", "--workers", "0", "--no-compile"]
     process = subprocess.run(
         [sys.executable, str(EXAMPLE / "train.py"), *options, "--out", str(tmp_path)],
         capture_output=True,
@@ -172,6 +161,7 @@ def test_the_training_script_writes_a_checkpoint_that_loads(tmp_path):
         timeout=180,
     )
     assert process.returncode == 0, process.stderr
+    assert "right read" in process.stderr + process.stdout, "the exam that decides what is asked next"
     trained = Qwen3VL.from_pretrained(tmp_path)
     assert trained.dtype == torch.bfloat16
     picture = ROOT / "examples" / "digits.png"
