@@ -5,11 +5,11 @@
 //
 //   block   kBlockRows rows of one KV head: row r is position r / G, head r % G of its group, so that a strip of rows
 //           has nearly one causal limit and the group's heads share the packed tile
-//   tile    kTile = 128 keys, K transposed and V by columns (attention_tiles.h), 64 KiB each for D = 128, in L2 with
+//   tile    kTile = 192 keys, K transposed and V by columns (attention_tiles.h), 96 KiB each for D = 128, in L2 with
 //           the block's sums of 120 KiB
-//   group   kGroup strips pass one panel of K, then of V, while it is in L1: their scores (24 x 128, 12 KiB) stay there
-//           between the two products, and L2 is read once a group instead of once a strip (64 B a cycle is what one
-//           strip of D = 64 would ask for on AVX-512)
+//   group   kGroup strips pass one panel of K, then of V, while it is in L1: their scores (24 x 192, 18 KiB) stay there
+//           between the two products, and L2 is read once a group instead of once a strip (42 B a cycle is what one
+//           strip after the other would ask for on AVX-512)
 //   strip   6 rows x 2 vectors, the register tile
 //
 // Bytes of a block: q and out once, K and V once per block instead of once per row; the scores never leave L1.

@@ -6,9 +6,8 @@
 //
 // Regime: arithmetic, 2 Lq Lk (3 D + 2 Dv) FLOPs a query head against 4 of the forward's two products.
 //
-//   tile    kTile = 96 keys: K and V transposed for the scores, K by columns for dQ, sums of dK and dV; for D = 128
-//   five
-//           buffers of 48 KiB that stay in L2 while the rows pass
+//   tile    kTile = 96 keys: K and V transposed for the scores, K by columns for dQ, sums of dK and dV; these five
+//           buffers, 48 KiB each for D = 128, stay in L2 while the rows pass
 //   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns; P and dS of
 //           48 x 96 (36 KiB) go from product to product; every panel is in L1 while the block's strips pass it
 //   bytes   a tile reads q, dO, out and reads and writes dQ once: (3 D + 2 Dv) a row against 96 (3 D + 2 Dv) FMAs

@@ -8,9 +8,8 @@
 //   values  V rows in place, R rows times 8 / R vectors of columns
 //   memory  what comes next is asked for in time: V while its keys are scored, the next keys while values are added;
 //           each stream is then read in the order of its addresses
-//   chunks  1024 keys each are independent tasks; their sums are merged by their largest scores. The size is fixed, so
-//   the
-//           result does not depend on the number of threads.
+//   chunks  1024 keys each are independent tasks; their sums are merged by their largest scores. The size is fixed:
+//           the result does not depend on the number of threads.
 //
 // Source: Dao et al., Flash-Decoding, 2023.
 
