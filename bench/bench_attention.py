@@ -45,7 +45,7 @@ def plain(q, k, v, causal):
 def bench_causal(compare, batch, length, heads, dtype):
     q, k, v = qkv(batch, *heads, length, length, 128, dtype)
     flops = 2 * length**2 * 256 * heads[0] * batch / 2
-    series = f"causal {heads[0]}/{heads[1]} x 128, {SHORT[dtype]}"
+    series = f"causal {heads[0]}/{heads[1]} x 128, {SHORT[dtype]}" if batch == 1 else ""
     name = f"{batch} x {length} causal {heads[0]}/{heads[1]} x 128, {SHORT[dtype]}"
     case = Case("attention", name, flops, 2 * q.nbytes + 2 * k.nbytes, series, length)
     ours = lambda: attention(q, k, v, causal=True)  # noqa: E731
