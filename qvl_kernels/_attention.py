@@ -216,8 +216,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> t
     nothing = (None,) * len(Options._fields)
     if grad is None:
         return None, None, None, *nothing
-    saved, tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-    grads = torch.ops.qvl.attention_backward(grad, *saved, *ctx.options, *tensors)
+    saved = ctx.saved_tensors  # once: under activation checkpointing each look recomputes
+    grads = torch.ops.qvl.attention_backward(grad, *saved[:5], *ctx.options, *saved[5:])
     return *grads, *nothing
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -295,3 +296,17 @@ def test_transforms_and_second_derivatives_run_the_reference():
 def test_meta_tensors_have_shapes():
     q, k = torch.empty(2, 4, 5, 8, device="meta"), torch.empty(2, 2, 7, 8, device="meta")
     assert attention(q, k, k, causal=True).shape == (2, 4, 5, 8)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_activation_checkpointing(backend):
+    """Saved tensors may be looked at once only: each look recomputes."""
+    inputs = qkv(1, 2, 1, 6, 6, 8)
+    grad = torch.randn_like(inputs[0])
+
+    def checkpointed(*x):
+        return torch.utils.checkpoint.checkpoint(attention, *x, use_reentrant=False)
+
+    with on(backend):
+        for got, wanted in zip(gradients(checkpointed, inputs, grad), gradients(attention, inputs, grad)):
+            assert torch.equal(got, wanted)

@@ -262,8 +262,8 @@ def start(*arguments: object, **options: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
 
 
-def test_a_real_process_streams_and_ctrl_c_ends_it(folder):
-    """The first piece is read long before the last is made; then Ctrl-C: a line's end, no traceback, code 130."""
+def interrupted(folder: Path) -> tuple[bytes, bytes, bytes, int]:
+    """Ctrl-C after the first piece: that piece, the rest, the errors, the exit status."""
     process = start("ask", "--model", folder, "--max-new-tokens", 400, "--temperature", 5, "--seed", 1, "Go on")
     try:
         first = process.stdout.read(1)
@@ -273,10 +273,19 @@ def test_a_real_process_streams_and_ctrl_c_ends_it(folder):
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+    return first, rest, errors, process.returncode
+
+
+def test_a_real_process_streams_and_ctrl_c_ends_it(folder):
+    """The first piece is read long before the last is made; then Ctrl-C: a line's end, no traceback, code 130."""
+    for _ in range(3):  # on a busy machine the answer may be complete before the signal arrives
+        first, rest, errors, code = interrupted(folder)
+        if code != 0:
+            break
     assert first
     assert rest.endswith(b"\n")
     assert errors.strip() == b""  # an older click ends the line
-    assert process.returncode == 130
+    assert code == 130
 
 
 def test_a_real_process_reports_an_error_in_one_line():
