@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _library
+from ._tensors import compute_dtype, unit_stride
 from .reference import attention as reference
 from .reference import attention_varlen as varlen_reference
 
@@ -51,7 +52,7 @@ class Reference:
         """Output and log-sum-exp, one block of scores at a time where they are many."""
         scale, causal, left, right, mask, lengths, offsets_q, offsets_k, key_scale, value_scale = options
         if key_scale is not None and value_scale is not None:
-            wide = _wide(query.dtype)
+            wide = compute_dtype(query.dtype)
             out, lse = self.forward(
                 query.to(wide),
                 key.to(wide) * key_scale.unsqueeze(-1),
@@ -122,9 +123,9 @@ class Native:
     ) -> tuple[Tensor, Tensor | None]:
         """Output and, where asked for, the log-sum-exp."""
         module = _backends.module(self.backend, "attention")
-        query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
         out = _rows_like(query, value.shape[-1], query.dtype)
-        lse = query.new_empty(query.shape[:3], dtype=_wide(query.dtype)) if save_lse else None
+        lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype)) if save_lse else None
         self._call(module.attention, query, key, options, query, key, value, out, lse)
         return out, lse
 
@@ -133,7 +134,7 @@ class Native:
     ) -> tuple[Tensor, Tensor, Tensor]:
         module = _backends.module(self.backend, "attention")
         dtype = query.dtype
-        grad, query, key, value, out = (_unit_stride(x) for x in (grad, query, key, value, out))
+        grad, query, key, value, out = (unit_stride(x) for x in (grad, query, key, value, out))
         grads = tuple(_rows_like(x, x.shape[-1], lse.dtype).zero_() for x in (query, key, value))
         saved = query, key, value, out, lse.contiguous()
         self._call(module.attention_backward, query, key, options, grad, *grads, *saved)
@@ -145,7 +146,7 @@ class Native:
         mask, lengths = options.mask, options.key_lengths
         if mask is not None:
             if mask.dtype != torch.bool:
-                mask = mask.to(_wide(query.dtype))
+                mask = mask.to(compute_dtype(query.dtype))
             options = options._replace(mask=mask.expand(*query.shape[:3], key.shape[2]))
         if lengths is not None:
             options = options._replace(key_lengths=lengths.long())
@@ -164,14 +165,6 @@ def _rows_like(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided((batch, heads, length, channels), strides, dtype=dtype, device=x.device)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 NATIVE = {backend: Native(backend) for backend in ("cpu_avx512", "cpu_avx2")}
 softmax_attention = _backends.Operation("attention", {**NATIVE, "reference": Reference()})
 
@@ -188,7 +181,7 @@ def _run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tens
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = _rows_like(query, value.shape[-1], query.dtype)
-    return out, query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+    return out, query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
 
 def _run_backward(

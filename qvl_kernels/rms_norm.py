@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks, _library
+from ._tensors import compute_dtype, unit_stride
 from .reference import rms_norm as reference
 
 # On the CPU a sum over rows is made of this many partial sums at most, whatever the number of threads.
@@ -110,20 +111,20 @@ class _Native:
     def forward(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, save_rstd: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, weight = _unit_stride(x), weight.contiguous()
+        x, weight = unit_stride(x), weight.contiguous()
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         hidden = None
         if residual is not None:
-            residual, hidden = _unit_stride(residual), torch.empty_like(y)
-        rstd = x.new_empty(x.shape[:-1], dtype=_wide(x.dtype)) if save_rstd else None
+            residual, hidden = unit_stride(residual), torch.empty_like(y)
+        rstd = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype)) if save_rstd else None
         self._call("rms_norm", x, residual, weight, y, hidden, rstd, eps)
         return y, hidden, rstd
 
     def backward(
         self, grad_y: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor]:
-        grad_y, hidden, weight = _unit_stride(grad_y), _unit_stride(hidden), weight.contiguous()
-        grad_hidden = None if grad_hidden is None else _unit_stride(grad_hidden)
+        grad_y, hidden, weight = unit_stride(grad_y), unit_stride(hidden), weight.contiguous()
+        grad_hidden = None if grad_hidden is None else unit_stride(grad_hidden)
         grad_x = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         grad_weight = torch.empty_like(weight)
         if self.backend == "cuda":
@@ -149,14 +150,6 @@ _DTYPES = {
 }
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 _rms_norm = _backends.Operation("rms_norm", {**{name: _Native(name) for name in _DTYPES}, "reference": _Reference()})
 
 
@@ -177,7 +170,7 @@ def _run_backward(
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
+    return y, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
 
 
 def _fake_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from utils import DTYPES, assert_close, backends_of, device_of, on
+from utils import DTYPES, assert_close, backends_of, device_of, on, qkv
 
 from qvl_kernels import attention, quantize_kv
 from qvl_kernels.reference import attention as reference
@@ -68,11 +68,6 @@ def check(backend: str, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
     score *= k.double().square().sum(-1).max().sqrt().item() if k.numel() else 0.0
     largest = max(1.0, score / math.sqrt(q.shape[-1])) * (v.abs().max().item() if v.numel() else 0.0)
     assert_close("out", ours, exact, plain, k.shape[2] + q.shape[-1], largest=largest)
-
-
-def qkv(batch, heads_q, heads_kv, len_q, len_k, dim, dim_v=None, dtype=torch.float32, device="cpu"):
-    shapes = (batch, heads_q, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v or dim)
-    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from utils import DTYPES, assert_close, backends_of, device_of, on
+from utils import DTYPES, assert_close, backends_of, device_of, on, qkv
 
 import qvl_kernels
 from qvl_kernels import attention, attention_varlen, scaled_dot_product_attention
@@ -19,11 +19,6 @@ from qvl_kernels.reference import attention as reference
 
 BACKENDS = backends_of("attention")
 NATIVE = [parameter for parameter in BACKENDS if parameter.values[0].startswith("cpu")]
-
-
-def qkv(batch, heads_q, heads_kv, len_q, len_k, dim, dim_v=None, dtype=torch.float32, device="cpu"):
-    shapes = (batch, heads_q, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v or dim)
-    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
 
 
 def visible_of(q, k, causal=False, window=None, key_lengths=None, **_):

@@ -35,6 +35,12 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def qkv(batch, heads_q, heads_kv, len_q, len_k, dim, dim_v=None, dtype=torch.float32, device="cpu"):
+    """Random query (B, Hq, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv)."""
+    shapes = (batch, heads_q, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v or dim)
+    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+
+
 def assert_close(name: str, ours: Tensor, exact: Tensor, plain: Tensor, terms: int, largest: float = 0.0) -> None:
     """flash-attention's rule: max|ours - exact| <= 2 max|plain - exact| + one rounding of the dtype.
 
