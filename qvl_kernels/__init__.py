@@ -7,15 +7,21 @@ Each public name is one operation: `qvl_kernels/<op>.py` holds its contract. `ex
 from ._backends import available_backends, explain, use_backend
 from .attention import attention, quantize_kv
 from .attention_varlen import attention_varlen
+from .favor_features import EluFeatures, FavorFeatures
 from .gelu_tanh import gelu_tanh
 from .layer_norm import layer_norm
 from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
+from .linear_attention import LinearAttentionState, linear_attention
+from .linear_attention_varlen import linear_attention_varlen
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .swiglu import swiglu
 
 __all__ = [
+    "EluFeatures",
+    "FavorFeatures",
+    "LinearAttentionState",
     "PackedLinear",
     "PackedWeight",
     "attention",
@@ -24,6 +30,8 @@ __all__ = [
     "explain",
     "gelu_tanh",
     "layer_norm",
+    "linear_attention",
+    "linear_attention_varlen",
     "pack_linear",
     "packed_linear",
     "quantize_kv",
