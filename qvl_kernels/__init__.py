@@ -13,11 +13,14 @@ from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
+from .sparse_attention import sparse_attention
+from .sparse_pattern import SparsePattern
 from .swiglu import swiglu
 
 __all__ = [
     "PackedLinear",
     "PackedWeight",
+    "SparsePattern",
     "attention",
     "attention_varlen",
     "available_backends",
@@ -30,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",
+    "sparse_attention",
     "swiglu",
     "use_backend",
 ]
