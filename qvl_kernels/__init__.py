@@ -16,6 +16,8 @@ from .linear_attention_varlen import linear_attention_varlen
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
+from .sparse_attention import sparse_attention
+from .sparse_pattern import SparsePattern
 from .swiglu import swiglu
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "LinearAttentionState",
     "PackedLinear",
     "PackedWeight",
+    "SparsePattern",
     "attention",
     "attention_varlen",
     "available_backends",
@@ -38,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",
+    "sparse_attention",
     "swiglu",
     "use_backend",
 ]

@@ -23,6 +23,7 @@ OPERATIONS = [
     "attention_varlen",
     "rms_norm",
     "scaled_dot_product_attention",
+    "sparse_attention",
     "layer_norm",
     "rotary",
     "swiglu",
