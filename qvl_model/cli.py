@@ -84,6 +84,15 @@ WeightsOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+AttentionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        help="Attention of the text layers: fused, linear, sparse:sliding_window=1024,sinks=64, ... Once for "
+        "all layers, or repeated for each. Default: what the checkpoint was trained with.",
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch finds.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TemperatureOption = Annotated[
@@ -126,13 +135,13 @@ def root(
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model to load, and how it speaks."""
+    """Which model to load, and how."""
 
     model: str | None
     weights: str
     device: str
     threads: int | None
-    generation: dict[str, Any]
+    attention: list[str] | None
 
     def load(self) -> Qwen3VL:
         import torch
@@ -146,7 +155,9 @@ class Choice:
         if self.model is None and weights == "auto":
             # Its bf16 is for the download's sake; at its size fp32 is as fast on every CPU and on most much faster.
             weights = "fp32"
-        model = Qwen3VL.from_pretrained(self.model or SHIPPED_MODEL, weights=weights, device=self.device)
+        attention = self.attention[0] if self.attention and len(self.attention) == 1 else self.attention
+        source = self.model or SHIPPED_MODEL
+        model = Qwen3VL.from_pretrained(source, weights=weights, attention=attention, device=self.device)
         processor_of(model)
         return model
 
@@ -195,6 +206,7 @@ def ask(
     video: VideosOption = None,
     model: ModelOption = None,
     weights: WeightsOption = "auto",
+    attention: AttentionOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_new_tokens: TokensOption = 512,
@@ -220,7 +232,7 @@ def ask(
     if not question.strip():
         raise ValueError("the question is empty")
     images, videos = _media(image, video)
-    loaded = Choice(model, weights, device, threads, generation).load()
+    loaded = Choice(model, weights, device, threads, attention).load()
     _print_stream(loaded.chat(question, images, videos, stream=True, **generation))  # type: ignore[arg-type]
 
 
@@ -230,6 +242,7 @@ def chat(
     video: VideosOption = None,
     model: ModelOption = None,
     weights: WeightsOption = "auto",
+    attention: AttentionOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_new_tokens: TokensOption = 512,
@@ -252,7 +265,7 @@ def chat(
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
     generation = _generation(max_new_tokens, temperature, seed, **filters)
     images, videos = _media(image, video)
-    loaded = Choice(model, weights, device, threads, generation).load()
+    loaded = Choice(model, weights, device, threads, attention).load()
     converse(loaded, images, videos, generation)
 
 
@@ -273,6 +286,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     model: ModelOption = None,
     weights: WeightsOption = "auto",
+    attention: AttentionOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_new_tokens: TokensOption = 32,
@@ -294,7 +308,7 @@ def evaluate(
     if json_file is not None:
         check_writable(json_file)
     questions = read_tsv(tsv or SHIPPED_MODEL / BENCHMARK_NAME, limit)
-    loaded = Choice(model, weights, device, threads, {}).load()
+    loaded = Choice(model, weights, device, threads, attention).load()
     answer = answer_questions(loaded, max_new_tokens=max_new_tokens)
     report = run_benchmark(answer, questions, batch_size=batch_size)
     typer.echo(report.table())

@@ -84,6 +84,10 @@ class TextConfig:
 class Qwen3VLConfig:
     """A complete model: text, vision, and the ids of the tokens that stand for images and videos.
 
+    Attributes:
+        attention, vision_attention: the attention of every text layer and every vision block
+            (`qvl_model.attention`) that the weights were trained with; none is "fused" for all.
+
     >>> Qwen3VLConfig.qwen3_vl_2b().text.num_hidden_layers
     28
     """
@@ -96,6 +100,8 @@ class Qwen3VLConfig:
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = True
     dtype: str = "bfloat16"
+    attention: tuple[str, ...] = ()
+    vision_attention: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -198,6 +204,7 @@ class Qwen3VLConfig:
         }
         vision = {**vars(self.vision), "model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh"}
         vision["deepstack_visual_indexes"] = list(self.vision.deepstack_visual_indexes)
+        kinds = {"text": list(self.attention), "vision": list(self.vision_attention)}
         return {
             "architectures": ["Qwen3VLForConditionalGeneration"],
             "model_type": MODEL_TYPE,
@@ -209,6 +216,7 @@ class Qwen3VLConfig:
             "dtype": self.dtype,
             "text_config": text,
             "vision_config": vision,
+            **({"qvl_attention": kinds} if any(kinds.values()) else {}),
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -217,28 +225,9 @@ class Qwen3VLConfig:
 
     def num_parameters(self) -> int:
         """Number of parameters, computed from the shapes alone; a tied head counts once."""
-        return _text_parameters(self) + _vision_parameters(self.vision)
+        from .parameters import count
 
-
-def _text_parameters(config: Qwen3VLConfig) -> int:
-    c = config.text
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = c.hidden_size * (2 * queries + 2 * keys) + 2 * c.head_dim
-    if c.attention_bias:
-        attention += queries + 2 * keys + c.hidden_size
-    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    embeddings = c.vocab_size * c.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return embeddings + c.num_hidden_layers * layer + c.hidden_size
-
-
-def _vision_parameters(c: VisionConfig) -> int:
-    block = 4 * c.hidden_size * (c.hidden_size + 1) + 4 * c.hidden_size
-    block += 2 * c.hidden_size * c.intermediate_size + c.intermediate_size + c.hidden_size
-    merged = c.hidden_size * c.spatial_merge_size**2
-    products = merged * (merged + 1) + (merged + 1) * c.out_hidden_size
-    mergers = products + 2 * c.hidden_size + len(c.deepstack_visual_indexes) * (products + 2 * merged)
-    embeddings = c.hidden_size * (c.patch_dim + 1) + c.num_position_embeddings * c.hidden_size
-    return embeddings + c.depth * block + mergers
+        return count(self)
 
 
 def _parse(content: Mapping[str, Any], where: str) -> Qwen3VLConfig:
@@ -269,11 +258,22 @@ def _parse(content: Mapping[str, Any], where: str) -> Qwen3VLConfig:
             vision=_build(VisionConfig, vision, f"{where}: vision_config"),
             tie_word_embeddings=_boolean(tied, f"{where}: tie_word_embeddings"),
             dtype=dtype,
+            attention=_names(content, "text", where),
+            vision_attention=_names(content, "vision", where),
             **ids,
         )
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
+
+
+def _names(content: Mapping[str, Any], part: str, where: str) -> tuple[str, ...]:
+    """The entry of "qvl_attention", which released checkpoints do not have."""
+    where = f"{where}: qvl_attention"
+    names = _section(content.get("qvl_attention", {}), where).get(part, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}.{part} must be a list of names, got {names!r}")
+    return tuple(names)
 
 
 def _section(value: Any, where: str) -> Mapping[str, Any]:

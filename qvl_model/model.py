@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion as fusions
-from .attention import Step, kinds_of_layers
+from .attention import Kind, Step, kinds_of_layers, names_of_layers
 from .cache import KVCache
 from .config import Qwen3VLConfig
 from .fusion import DeepStack
@@ -68,10 +68,10 @@ class ModelOutput:
 class _Backbone(nn.Module):
     """`model.` of the released names."""
 
-    def __init__(self, config: Qwen3VLConfig) -> None:
+    def __init__(self, config: Qwen3VLConfig, text: Sequence[Kind], vision: Sequence[Kind]) -> None:
         super().__init__()
-        self.visual = VisionModel(config.vision)
-        self.language_model = TextModel(config.text)
+        self.visual = VisionModel(config.vision, vision)
+        self.language_model = TextModel(config.text, text)
 
 
 class Qwen3VL(nn.Module):
@@ -79,7 +79,8 @@ class Qwen3VL(nn.Module):
 
     Args:
         config: its numbers.
-        attention: "fused" for all layers, or one name per text layer.
+        attention: one name of `qvl_model.attention` for all text layers, or one for each; None is what config says.
+        vision_attention: likewise for the vision blocks.
         fusion: "deepstack".
         dtype: of the parameters; None is torch's default.
 
@@ -99,17 +100,20 @@ class Qwen3VL(nn.Module):
         self,
         config: Qwen3VLConfig,
         *,
-        attention: str | Sequence[str] = "fused",
+        attention: str | Sequence[str] | None = None,
+        vision_attention: str | Sequence[str] | None = None,
         fusion: str = "deepstack",
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.attention = names_of_layers(attention or config.attention, config.text.num_hidden_layers)
+        self.vision_attention = names_of_layers(vision_attention or config.vision_attention, config.vision.depth)
+        config = replace(config, attention=_told(self.attention), vision_attention=_told(self.vision_attention))
         self.config = config
-        self.attention = kinds_of_layers(attention, config.text.num_hidden_layers)
         self.fusion = fusions.check_kind(fusion)
         device = torch.get_default_device()
         with torch.device("meta"):
-            self.model = _Backbone(config)
+            self.model = _Backbone(config, kinds_of_layers(self.attention), kinds_of_layers(self.vision_attention))
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
             self.to(dtype or torch.get_default_dtype())
         if device.type != "meta":
@@ -146,9 +150,9 @@ class Qwen3VL(nn.Module):
         self.model.visual.gradient_checkpointing = enabled
         self.model.language_model.gradient_checkpointing = enabled
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of the model's dtype on its device."""
-        return KVCache(self.config.text, batch, capacity, self.dtype, self.device)
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """A cache on the model's device; `dtype` is the model's, or int8 for keys and values of one byte."""
+        return KVCache(self.config.text, batch, capacity, dtype or self.dtype, self.device, self.attention)
 
     def embed_inputs(
         self,
@@ -259,7 +263,8 @@ class Qwen3VL(nn.Module):
         if longest > limit:
             raise ValueError(f"the prompt has {longest} tokens, the model has {limit} positions")
         key_lengths = None if cache is None else cache.begin(tokens)
-        step = Step(text_rope(self.config.text, inputs.position_ids), cache, key_lengths)
+        counts = None if bool((inputs.lengths == tokens).all()) else inputs.lengths
+        step = Step(text_rope(self.config.text, inputs.position_ids), cache, key_lengths, counts)
         hidden = self.model.language_model(inputs.embeds, step, inputs.deepstack)
         if cache is not None:
             cache.advance(inputs.lengths)
@@ -332,6 +337,11 @@ class Qwen3VL(nn.Module):
         from .generation import chat
 
         return chat(self, messages, images, videos, **options)
+
+
+def _told(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What a configuration says of them: nothing where all are fused."""
+    return () if set(names) == {"fused"} else names
 
 
 def _left_aligned(

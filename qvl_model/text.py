@@ -5,23 +5,25 @@ Shapes: B rows, L tokens, C hidden channels, Hq query heads, Hkv key and value h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qvl_kernels import attention, rotary
+from qvl_kernels import rotary
 
-from .attention import Step
+from .attention import Kind, Step
 from .config import TextConfig
 from .fusion import DeepStack
 from .layers import RMSNorm, SwiGLU, embedding
 
 
 class TextAttention(nn.Module):
-    """Causal grouped-query attention with RMSNorm over each head's query and key, then M-RoPE."""
+    """Causal grouped-query attention of one kind, with RMSNorm over each head's query and key, then M-RoPE."""
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer: int, kind: Kind) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.kind = layer, kind
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
@@ -37,9 +39,7 @@ class TextAttention(nn.Module):
         key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         value = self.v_proj(x).view(heads).transpose(1, 2)
         query, key = rotary(query, key, *step.rope)
-        if step.cache is not None:
-            key, value = step.cache.append(self.layer, key, value)
-        out = attention(query, key, value, causal=True, key_lengths=step.key_lengths)
+        out = self.kind.text(self.layer, query, key, value, step)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -49,9 +49,9 @@ class TextLayer(nn.Module):
     So a layer takes and gives a pair (x, residual) whose sum is the hidden state h.
     """
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer: int, kind: Kind) -> None:
         super().__init__()
-        self.self_attn = TextAttention(config, layer)
+        self.self_attn = TextAttention(config, layer, kind)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -72,11 +72,11 @@ class TextModel(nn.Module):
     2.
     """
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, kinds: Sequence[Kind]) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TextLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TextLayer(config, layer, kind) for layer, kind in enumerate(kinds))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, embeds: Tensor, step: Step, deepstack: DeepStack | None = None) -> Tensor:

@@ -6,13 +6,16 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qvl_kernels import attention_varlen, rotary
+from qvl_kernels import rotary
 
+from .attention import Kind
 from .config import VisionConfig
 from .layers import GeluMLP, LayerNorm, embedding
 from .positions import interpolation, patch_positions, patch_rope
@@ -45,8 +48,9 @@ class PatchEmbed(nn.Module):
 class VisionAttention(nn.Module):
     """Bidirectional attention within each frame: one call over the packed patches of all of them."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, block: int, kind: Kind) -> None:
         super().__init__()
+        self.block, self.kind = block, kind
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -54,17 +58,17 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
         query, key = rotary(query, key, *rope)
-        return self.proj(attention_varlen(query, key, value, offsets, offsets).flatten(1))
+        return self.proj(self.kind.vision(self.block, query, key, value, offsets).flatten(1))
 
 
 class VisionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, block: int, kind: Kind) -> None:
         super().__init__()
         self.norm1 = LayerNorm(config.hidden_size)
         self.norm2 = LayerNorm(config.hidden_size)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config, block, kind)
         self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -97,13 +101,13 @@ class VisionModel(nn.Module):
     Source: Bai et al., Qwen3-VL technical report, 2025, section 2; DeepStack: Meng et al., 2024, section 3.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, kinds: Sequence[Kind]) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = embedding(config.num_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VisionBlock(config, block, kind) for block, kind in enumerate(kinds))
         self.merger = PatchMerger(config, after=False)
         self.deepstack_merger_list = nn.ModuleList(
             PatchMerger(config, after=True) for _ in config.deepstack_visual_indexes

@@ -261,7 +261,8 @@ def load_pretrained(
     path_or_repo: str | os.PathLike[str],
     *,
     weights: str = "auto",
-    attention: str | Sequence[str] = "fused",
+    attention: str | Sequence[str] | None = None,
+    vision_attention: str | Sequence[str] | None = None,
     fusion: str = "deepstack",
     device: str | torch.device = "auto",
     max_memory: int | str | None = None,
@@ -271,7 +272,7 @@ def load_pretrained(
     Args:
         path_or_repo: a local folder, or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
         weights: "fp32", "bf16", or "auto": the checkpoint's own dtype, bf16 where fp32 would exceed `max_memory`.
-        attention, fusion: of `Qwen3VL`.
+        attention, vision_attention, fusion: of `Qwen3VL`.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         max_memory: bytes (or "12GB") that the weights may take; by default what the device has free.
 
@@ -289,7 +290,7 @@ def load_pretrained(
     config = Qwen3VLConfig.from_json(folder / CONFIG_NAME)
     stored = list_tensors(folder)
     with torch.device("meta"):
-        model = cls(config, attention=attention, fusion=fusion)
+        model = cls(config, attention=attention, vision_attention=vision_attention, fusion=fusion)
     check_tensors(stored, model, folder)
     target = pick_device(device, sum(tensor.nbytes for tensor in stored.values()))
     budget = available_memory(target) if max_memory is None else parse_bytes(max_memory)

@@ -289,9 +289,11 @@ class Trainer:
         self.options = options
         self.stages = options.small, options.small + options.looking
         if options.resume:
-            self.model = Qwen3VL.from_pretrained(options.resume, weights="fp32").requires_grad_().train()
+            loaded = Qwen3VL.from_pretrained(options.resume, weights="fp32", attention=options.attention)
+            self.model = loaded.requires_grad_().train()
+            self.model.model.visual.requires_grad_(not options.text_only)
         else:
-            self.model = Qwen3VL(build_config(processor)).train()
+            self.model = Qwen3VL(build_config(processor), attention=options.attention).train()
             initialise(self.model)
         self.heads = Heads(self.model, processor.tokenizer)
         self.patches = torch.empty(0)
@@ -331,6 +333,8 @@ class Trainer:
         return self.seeing(features, batch), F.cross_entropy(logits, wanted)
 
     def seeing(self, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        if self.options.text_only:
+            return torch.zeros(())
         embeddings = self.model.model.language_model.embed_tokens.weight
         return self.heads(features, embeddings, self.patches, batch)
 
@@ -408,6 +412,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", metavar="FOLDER", help="start from these weights; the heads start anew")
+    parser.add_argument("--text-only", action="store_true", help="with --resume: the vision encoder stays as it is")
+    parser.add_argument("--attention", nargs="+", metavar="NAME", help="of the text layers, see qvl_model/attention.py")
     parser.add_argument("--workers", type=int, default=1, choices=(0, 1, 2), help="processes that draw scenes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
     train(parser.parse_args())

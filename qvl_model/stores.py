@@ -1,0 +1,164 @@
+"""What the text layers remember of the tokens seen so far, in memory allocated once: keys and values, all or the last
+few of them, or a state whose size does not depend on the length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qvl_kernels import LinearAttentionState, quantize_kv
+
+
+class Store(Protocol):
+    """What one layer keeps. Its layer's attention (`qvl_model.attention`) reads and writes it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def keep(self, rows: Tensor) -> None:
+        """These rows, in this order; one may be repeated."""
+
+    def reset(self) -> None:
+        """Forgets everything; the memory stays."""
+
+    def cannot_truncate(self, old: int, new: int) -> str | None:
+        """None where a row of `old` tokens can go back to its first `new`, else the reason why not."""
+
+
+class FullStore:
+    """Keys and values of every token: (B, Hkv, capacity, D), as int8 with a scale for each token and head if `dtype` is
+    int8."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        # Zeros and not garbage: a key that is masked still meets a weight of zero, and 0 * NaN is NaN.
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if dtype == torch.int8:
+            scales = torch.zeros(2, *shape[:3], dtype=torch.float32, device=device)
+            self.scales = scales[0], scales[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + sum(scale.nbytes for scale in self.scales or ())
+
+    def append(self, starts: Sequence[int], key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Writes (B, Hkv, L, D) keys and values behind each row's first `starts` tokens. Returns views (B, Hkv, Lk, D)
+        of the keys and values of all so far, and for int8 their scales (B, Hkv, Lk)."""
+        written: list[tuple[Tensor, Tensor]]
+        if self.scales is None:
+            written = [(self.keys, key), (self.values, value)]
+        else:
+            (key, key_scale), (value, value_scale) = quantize_kv(key), quantize_kv(value)
+            written = [(self.keys, key), (self.values, value)]
+            written += [(self.scales[0], key_scale), (self.scales[1], value_scale)]
+        tokens = key.shape[2]
+        for memory, new in written:
+            if len(set(starts)) == 1:
+                memory[:, :, starts[0] : starts[0] + tokens] = new
+            else:
+                for row, start in enumerate(starts):
+                    memory[row, :, start : start + tokens] = new[row]
+        end = max(starts) + tokens
+        return tuple(memory[:, :, :end] for memory, _ in written)
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if self.scales is not None:
+            self.scales = self.scales[0].index_select(0, rows), self.scales[1].index_select(0, rows)
+
+    def reset(self) -> None:
+        pass
+
+    def cannot_truncate(self, old: int, new: int) -> str | None:
+        return None
+
+
+class WindowStore:
+    """Keys and values of the first `sinks` tokens and of the last `window` ones: (B, Hkv, sinks + window, D), however
+    long the text becomes.
+
+    Token p lies in slot p if p < sinks, else in slot sinks + (p - sinks) mod window. Rotary positions are in the keys
+    already, so their order does not matter to a query that sees them all.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        window: int,
+        sinks: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        batch, heads, capacity, dim = shape
+        self.window, self.sinks = window, sinks
+        self.slots = min(capacity, sinks + window)
+        size = (batch, heads, self.slots, dim)
+        self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def slot(self, positions: Tensor) -> Tensor:
+        """Where tokens at these positions lie."""
+        return torch.where(positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.window)
+
+    def seen(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, Hkv, n, D) that a token behind the first `length` may still see, in order: the sinks,
+        then the last window - 1 of the others."""
+        positions = torch.arange(length)
+        positions = positions[(positions < self.sinks) | (positions > length - self.window)]
+        at = self.slot(positions).to(self.keys.device)
+        return self.keys[row : row + 1].index_select(2, at), self.values[row : row + 1].index_select(2, at)
+
+    def write(self, row: int, start: int, key: Tensor, value: Tensor) -> None:
+        """Keeps of (Hkv, n, D) new keys and values behind the first `start` tokens what later tokens may see."""
+        count = key.shape[1]
+        first = torch.arange(start, start + count)
+        kept = (first < self.sinks) | (first >= start + count - self.window)
+        at, chosen = self.slot(first[kept]).to(key.device), kept.to(key.device)
+        self.keys[row].index_copy_(1, at, key[:, chosen])
+        self.values[row].index_copy_(1, at, value[:, chosen])
+
+    def write_one(self, starts: Sequence[int], key: Tensor, value: Tensor) -> Tensor:
+        """One token (B, Hkv, 1, D) for every row; returns the (B,) number of slots in use."""
+        positions = torch.tensor(starts, device=key.device)
+        rows = torch.arange(len(starts), device=key.device)
+        at = self.slot(positions)
+        self.keys[rows, :, at], self.values[rows, :, at] = key[:, :, 0], value[:, :, 0]
+        return (positions + 1).clamp(max=self.slots)
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def reset(self) -> None:
+        pass
+
+    def cannot_truncate(self, old: int, new: int) -> str | None:
+        if new == old or old <= self.sinks + self.window:
+            return None
+        return f"a window of {self.window} keys has dropped what the tokens before {new} saw"
+
+
+class StateStore:
+    """The state of linear attention: sums over all keys, one for each row and key head."""
+
+    def __init__(self) -> None:
+        self.state: LinearAttentionState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.state is None else sum(part.nbytes for part in self.state)
+
+    def keep(self, rows: Tensor) -> None:
+        if self.state is not None:
+            self.state = LinearAttentionState(*(part.index_select(0, rows) for part in self.state))
+
+    def reset(self) -> None:
+        self.state = None
+
+    def cannot_truncate(self, old: int, new: int) -> str | None:
+        return None if new == old else "the state of linear attention is a sum that forgets nothing"
