@@ -43,6 +43,15 @@ Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
+class Part:
+    """The tokens start to stop of a packed row (1, T), which are the next of a cache of one row."""
+
+    cache: KVCache
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One pass of tokens through the text model.
 
@@ -51,12 +60,14 @@ class Step:
         cache: where keys and values go, or None.
         key_lengths: (B,) keys of each row of a ragged cache, or None.
         counts: (B,) tokens of this pass that count in each row, padding behind them; None where all do.
+        parts: of packed tokens, where each row's lie; `cache` is then None.
     """
 
     rope: tuple[Tensor, Tensor]
     cache: KVCache | None
     key_lengths: Tensor | None
     counts: Tensor | None = None
+    parts: Sequence[Part] | None = None
 
 
 class Kind(Protocol):

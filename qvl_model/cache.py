@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -94,6 +95,26 @@ class KVCache:
                 if why := store.cannot_truncate(old, new):
                     raise ValueError(f"cannot truncate lengths {self.starts} to {wanted}: {why}")
         self.starts = wanted
+
+    def row(self, number: int) -> KVCache:
+        """One row as a cache of its own, on the same memory; `join` makes what all rows wrote the whole's."""
+        view = copy.copy(self)
+        view.stores = [store.row(number) for store in self.stores]
+        view.batch, view.starts = 1, [self.starts[number]]
+        view.rope_deltas = self.rope_deltas[number : number + 1]
+        return view
+
+    def join(self, rows: Sequence[KVCache]) -> None:
+        """Takes over every row's lengths and what was written to it."""
+        for number, store in enumerate(self.stores):
+            store.join([row.stores[number] for row in rows])
+        self.starts = [row.starts[0] for row in rows]
+
+    def copy_beginning(self, other: KVCache, tokens: int) -> None:
+        """Of one row to another, which has seen just these `tokens` so far."""
+        for mine, theirs in zip(self.stores, other.stores):
+            mine.copy_beginning(theirs, tokens)
+        self.starts = [tokens]
 
     def select(self, rows: list[int]) -> None:
         """Keeps these rows, in this order: finished ones leave, and one may be repeated."""

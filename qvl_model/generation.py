@@ -19,7 +19,8 @@ from .stopping import StopWatch, UntilStop
 
 if TYPE_CHECKING:
     from .cache import KVCache
-    from .model import Inputs, Qwen3VL
+    from .inputs import Inputs
+    from .model import Qwen3VL
     from .processor import Batch, Processor
 
 Stop = str | int | Sequence[str | int]
@@ -123,23 +124,15 @@ def _prepare(model: Qwen3VL, input_ids: Tensor, media: dict[str, Any]) -> _Promp
 
 
 def _prefill(model: Qwen3VL, inputs: Inputs, cache: KVCache, options: GenerationOptions) -> Tensor:
-    """Logits (B, V) of each row's last token; the cache holds the prompt afterwards.
-
-    Rows are left-aligned, so a short one ends in an earlier chunk than a long one: its last hidden state is kept.
-    """
+    """Logits (B, V) of each row's last token; the cache holds the prompts afterwards."""
     from tqdm import tqdm
 
-    batch, tokens = inputs.embeds.shape[:2]
-    last = inputs.embeds.new_empty(batch, inputs.embeds.shape[-1])
+    from .prefill import prefill
+
     hidden_bar = None if options.progress else True  # None: where stderr is no terminal
+    tokens = int(inputs.lengths.sum())
     with tqdm(total=tokens, unit="token", desc="prompt", leave=False, delay=_LONG_WORK, disable=hidden_bar) as bar:
-        for start in range(0, tokens, options.prefill_chunk):
-            stop = min(start + options.prefill_chunk, tokens)
-            hidden = model.hidden_states(inputs.slice(start, stop), cache)
-            ends_here = ((inputs.lengths > start) & (inputs.lengths <= stop)).nonzero()[:, 0]
-            last[ends_here] = hidden[ends_here, inputs.lengths[ends_here] - 1 - start]
-            bar.update(stop - start)
-    return model.lm_head(last)
+        return model.lm_head(prefill(model, inputs, cache, options.prefill_chunk, bar.update))
 
 
 def stream_tokens(

@@ -12,46 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion as fusions
-from .attention import Kind, Step, kinds_of_layers, names_of_layers
+from .attention import Kind, Part, Step, kinds_of_layers, names_of_layers
 from .cache import KVCache
 from .config import Qwen3VLConfig
-from .fusion import DeepStack
+from .inputs import Inputs, left_aligned
+from .media import distinct
 from .positions import position_ids as compute_position_ids
 from .positions import text_rope
 from .text import TextModel
 from .vision import VisionModel
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """A prompt ready for the text model, every row's tokens in its first places, padding behind them.
-
-    Attributes:
-        embeds: (B, L, C).
-        position_ids: (3, B, L).
-        rope_deltas: (B,) the token after n tokens of a row stands at position n + delta.
-        lengths: (B,) tokens of each row.
-        deepstack: visual features for the first text layers, or None.
-        order: (B, L) the column of the original `input_ids` that each place came from, or None where nothing moved.
-    """
-
-    embeds: Tensor
-    position_ids: Tensor
-    rope_deltas: Tensor
-    lengths: Tensor
-    deepstack: DeepStack | None = None
-    order: Tensor | None = None
-
-    def slice(self, start: int, stop: int) -> Inputs:
-        """The places start to stop of every row, for a prompt that is computed in chunks."""
-        stop = min(stop, self.embeds.shape[1])
-        return Inputs(
-            self.embeds[:, start:stop],
-            self.position_ids[:, :, start:stop],
-            self.rope_deltas,
-            (self.lengths - start).clamp(0, stop - start),
-            fusions.slice_features(self.deepstack, start, stop),
-        )
+_VIDEOS = 1 << 40  # the first number of a video's token; those of images are below
 
 
 @dataclass(frozen=True)
@@ -63,6 +34,15 @@ class ModelOutput:
 
     logits: Tensor
     hidden: Tensor
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The visual tokens of a batch: features (V, C), DeepStack features, and numbers (V,) that equal ones share."""
+
+    features: Tensor
+    deepstack: tuple[Tensor, ...]
+    identity: Tensor
 
 
 class _Backbone(nn.Module):
@@ -190,7 +170,7 @@ class Qwen3VL(nn.Module):
         ):
             if (pixels is None) != (grid is None):
                 raise ValueError(f"pixel values and {name} must be given together")
-        input_ids, position_ids, lengths, order = _left_aligned(input_ids, attention_mask, position_ids)
+        input_ids, position_ids, lengths, order = left_aligned(input_ids, attention_mask, position_ids)
         embeds = self.model.language_model.embed_tokens(input_ids)
         no_media = pixel_values is None and pixel_values_videos is None
         if no_media and cache is not None and input_ids.shape[1] == 1 and cache.lengths.all():
@@ -201,8 +181,14 @@ class Qwen3VL(nn.Module):
             placeholder_ids = input_ids.where(inside, -1)
         image_mask = placeholder_ids == self.config.image_token_id
         video_mask = placeholder_ids == self.config.video_token_id
-        embeds, image = self._place(embeds, image_mask, pixel_values, image_grid_thw, "image")
-        embeds, video = self._place(embeds, video_mask, pixel_values_videos, video_grid_thw, "video")
+        identity = input_ids.clone() if len(input_ids) > 1 and cache is None and position_ids is None else None
+        image = self._see(image_mask, pixel_values, image_grid_thw, "image")
+        video = self._see(video_mask, pixel_values_videos, video_grid_thw, "video")
+        for where, seen, what in ((image_mask, image, "image"), (video_mask, video, "video")):
+            if seen is not None:
+                embeds = fusions.place(embeds, where, seen.features, what)
+                if identity is not None:
+                    identity[where] = -1 - seen.identity
         if position_ids is None:
             position_ids, deltas = compute_position_ids(
                 self.config, placeholder_ids, lengths, image_grid_thw, video_grid_thw
@@ -215,7 +201,10 @@ class Qwen3VL(nn.Module):
             deltas = position_ids.amax(0).masked_fill(padding, 0).amax(1) + 1 - lengths
             if cache is not None:
                 deltas = deltas - cache.lengths.to(deltas.device)
-        return Inputs(embeds, position_ids, deltas, lengths, fusions.merge(image_mask, image, video_mask, video), order)
+        deepstack = fusions.merge(
+            image_mask, image.deepstack if image else (), video_mask, video.deepstack if video else ()
+        )
+        return Inputs(embeds, position_ids, deltas, lengths, deepstack, order, identity)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.numel() == 0:
@@ -227,15 +216,17 @@ class Qwen3VL(nn.Module):
             if low < 0 or high >= self.config.text.vocab_size:
                 raise ValueError(f"input_ids must lie in [0, {self.config.text.vocab_size}), got {low} to {high}")
 
-    def _place(
-        self, embeds: Tensor, where: Tensor, pixels: Tensor | None, grid: Tensor | None, what: str
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _see(self, where: Tensor, pixels: Tensor | None, grid: Tensor | None, what: str) -> _Seen | None:
         if pixels is None or grid is None:
             if where.any():
                 raise ValueError(f"input_ids has {int(where.sum())} {what} placeholders, but no {what} is given")
-            return embeds, ()
+            return None
+        pixels, grid, index = distinct(pixels, grid, self.config.vision.spatial_merge_size)
+        index = index.to(pixels.device)
         features, deepstack = self.model.visual(pixels, grid)
-        return fusions.place(embeds, where, features, what), deepstack
+        if len(index) != len(features):
+            features, deepstack = features[index], tuple(part[index] for part in deepstack)
+        return _Seen(features, deepstack, index + (_VIDEOS if what == "video" else 0))
 
     def forward_embeds(self, inputs: Inputs, *, cache: KVCache | None = None, logits_to_keep: int = 0) -> ModelOutput:
         """Logits of every place, or of the last `logits_to_keep` tokens of every row, (B, logits_to_keep, V).
@@ -269,6 +260,16 @@ class Qwen3VL(nn.Module):
         if cache is not None:
             cache.advance(inputs.lengths)
             cache.rope_deltas = inputs.rope_deltas.cpu()
+        return hidden
+
+    def hidden_of_parts(self, inputs: Inputs, parts: Sequence[Part]) -> Tensor:
+        """(1, T, C) hidden states of packed tokens, each part of them appended to its own cache."""
+        for part in parts:
+            part.cache.begin(part.stop - part.start)
+        step = Step(text_rope(self.config.text, inputs.position_ids), None, None, None, parts)
+        hidden = self.model.language_model(inputs.embeds, step, inputs.deepstack)
+        for part in parts:
+            part.cache.advance(torch.tensor([part.stop - part.start]))
         return hidden
 
     def forward(
@@ -342,33 +343,6 @@ class Qwen3VL(nn.Module):
 def _told(names: tuple[str, ...]) -> tuple[str, ...]:
     """What a configuration says of them: nothing where all are fused."""
     return () if set(names) == {"fused"} else names
-
-
-def _left_aligned(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Moves every row's tokens to its first places, so that padding is behind them and causality hides it.
-
-    Returns ids, positions, lengths (B,) and the order (B, L) that was applied, None where nothing moved.
-    """
-    batch, tokens = input_ids.shape
-    if position_ids is not None and tuple(position_ids.shape) != (3, batch, tokens):
-        raise ValueError(f"position_ids must have shape {(3, batch, tokens)}, got {tuple(position_ids.shape)}")
-    if attention_mask is not None:
-        shape = tuple(attention_mask.shape)
-        if len(shape) != 2 or shape[0] != batch or shape[1] < tokens:
-            raise ValueError(f"attention_mask must have shape {(batch, tokens)}, got {shape}")
-    if attention_mask is None or bool(attention_mask[:, -tokens:].all()):
-        return input_ids, position_ids, torch.full((batch,), tokens, device=input_ids.device), None
-    mask = attention_mask[:, -tokens:].bool()
-    lengths = mask.sum(1)
-    if not lengths.all():
-        raise ValueError(f"attention_mask hides every token of row {int(lengths.argmin())}")
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-    ids = input_ids.gather(1, order)
-    if position_ids is not None:
-        position_ids = position_ids.gather(2, order.expand(3, -1, -1))
-    return ids, position_ids, lengths, order
 
 
 def _number_kept(logits_to_keep: int, tokens: int) -> int:

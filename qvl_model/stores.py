@@ -3,8 +3,9 @@ few of them, or a state whose size does not depend on the length."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ class Store(Protocol):
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
+
+    def row(self, number: int) -> Store:
+        """One row; what is written to it is written here, once all rows are joined."""
+
+    def join(self, rows: Sequence[Any]) -> None:
+        """Takes over what was written to every `row`."""
+
+    def copy_beginning(self, other: Any, tokens: int) -> None:
+        """Takes over the tokens of a store that has seen just these `tokens`."""
 
     def cannot_truncate(self, old: int, new: int) -> str | None:
         """None where a row of `old` tokens can go back to its first `new`, else the reason why not."""
@@ -71,6 +81,21 @@ class FullStore:
 
     def reset(self) -> None:
         pass
+
+    def row(self, number: int) -> FullStore:
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[number : number + 1], self.values[number : number + 1]
+        if self.scales is not None:
+            view.scales = self.scales[0][number : number + 1], self.scales[1][number : number + 1]
+        return view
+
+    def join(self, rows: Sequence[FullStore]) -> None:
+        pass
+
+    def copy_beginning(self, other: FullStore, tokens: int) -> None:
+        pairs = [(self.keys, other.keys), (self.values, other.values), *zip(self.scales or (), other.scales or ())]
+        for mine, theirs in pairs:
+            mine[:, :, :tokens] = theirs[:, :, :tokens]
 
     def cannot_truncate(self, old: int, new: int) -> str | None:
         return None
@@ -137,6 +162,18 @@ class WindowStore:
     def reset(self) -> None:
         pass
 
+    def row(self, number: int) -> WindowStore:
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[number : number + 1], self.values[number : number + 1]
+        return view
+
+    def join(self, rows: Sequence[WindowStore]) -> None:
+        pass
+
+    def copy_beginning(self, other: WindowStore, tokens: int) -> None:
+        self.keys.copy_(other.keys)
+        self.values.copy_(other.values)
+
     def cannot_truncate(self, old: int, new: int) -> str | None:
         if new == old or old <= self.sinks + self.window:
             return None
@@ -159,6 +196,19 @@ class StateStore:
 
     def reset(self) -> None:
         self.state = None
+
+    def row(self, number: int) -> StateStore:
+        view = StateStore()
+        if self.state is not None:
+            view.state = LinearAttentionState(*(part[number : number + 1] for part in self.state))
+        return view
+
+    def join(self, rows: Sequence[StateStore]) -> None:
+        states = [row.state for row in rows if row.state is not None]
+        self.state = LinearAttentionState(*(torch.cat(parts) for parts in zip(*states)))
+
+    def copy_beginning(self, other: StateStore, tokens: int) -> None:
+        self.state = other.state  # never written in place
 
     def cannot_truncate(self, old: int, new: int) -> str | None:
         return None if new == old else "the state of linear attention is a sum that forgets nothing"

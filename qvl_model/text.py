@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +40,14 @@ class TextAttention(nn.Module):
         key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         value = self.v_proj(x).view(heads).transpose(1, 2)
         query, key = rotary(query, key, *step.rope)
-        out = self.kind.text(self.layer, query, key, value, step)
+        if step.parts is None:
+            out = self.kind.text(self.layer, query, key, value, step)
+        else:
+            outs = []
+            for part in step.parts:
+                q, k, v = (x[:, :, part.start : part.stop] for x in (query, key, value))
+                outs.append(self.kind.text(self.layer, q, k, v, Step(step.rope, part.cache, None)))
+            out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -149,7 +149,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_attention_and_fusion_names_are_checked():
-    with pytest.raises(ValueError, match="attention must be one of fused, linear, .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"attention must be one of fused, linear, .*, got 'fast'"):
         Qwen3VL(tiny_config(), attention="fast")
     with pytest.raises(ValueError, match="attention must be one name or 3 names, got 2"):
         Qwen3VL(tiny_config(), attention=["fused", "fused"])

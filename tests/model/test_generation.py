@@ -317,3 +317,60 @@ def test_no_bar_where_stderr_is_no_terminal(model, capsys):
         warnings.simplefilter("error")
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
     assert capsys.readouterr().err == ""
+
+
+def count_tokens(model, monkeypatch) -> list[int]:
+    """The tokens of each pass through the text model."""
+    seen: list[int] = []
+    text = model.model.language_model
+    original = text.forward
+    monkeypatch.setattr(text, "forward", lambda x, *rest: seen.append(x.shape[0] * x.shape[1]) or original(x, *rest))
+    return seen
+
+
+def test_no_padding_is_computed(model, monkeypatch):
+    batch = batch_of(ROWS, "left")
+    seen = count_tokens(model, monkeypatch)
+    new_tokens(model, batch, max_new_tokens=1)
+    assert seen == [int(batch["attention_mask"].sum())]
+    seen.clear()
+    new_tokens(model, batch, max_new_tokens=1, prefill_chunk=10)
+    assert seen == [10] * (sum(seen) // 10) + ([sum(seen) % 10] if sum(seen) % 10 else [])
+
+
+@pytest.mark.parametrize("attention", ["fused", "linear:elu", "sparse:sliding_window=20,sinks=2"])
+def test_rows_that_begin_alike_are_computed_once(monkeypatch, attention):
+    model = Qwen3VL(tiny_config(), attention=attention).eval()
+    model.load_state_dict(tiny_model(seed=1).state_dict())
+    start = prompt(2, ("image", 1, 4, 6), 15)  # 25 tokens
+    rows = [start + [5, 6, 7], start + [5, 8], prompt(9, seed=4), start + [9]]
+    ids, mask = padded(rows, "left")
+    pixels, _ = images(tiny_config(), [(1, 4, 6)])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": pixels.repeat(3, 1),
+        "image_grid_thw": torch.tensor([[1, 4, 6]] * 3),
+    }
+    seen, patches = count_tokens(model, monkeypatch), []
+    visual = model.model.visual.forward
+    monkeypatch.setattr(model.model.visual, "forward", lambda x, grid: patches.append(len(x)) or visual(x, grid))
+    together = new_tokens(model, batch, max_new_tokens=10)
+    assert patches == [24], "one of the three equal images"
+    assert seen[:2] == [25, 3 + 2 + 9 + 1]
+    for number, row in enumerate(rows):
+        alone = {"input_ids": torch.tensor([row])}
+        if number != 2:
+            alone |= {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])}
+        assert torch.equal(together[number], new_tokens(model, alone, max_new_tokens=10)[0]), number
+
+
+def test_other_pictures_are_other_beginnings(model, monkeypatch):
+    row = prompt(2, ("image", 1, 4, 6), 15)
+    pixels, grids = images(tiny_config(), [(1, 4, 6)] * 2)
+    seen = count_tokens(model, monkeypatch)
+    batch = {"input_ids": torch.tensor([row, row]), "pixel_values": pixels, "image_grid_thw": grids}
+    together = new_tokens(model, batch, max_new_tokens=10)
+    assert seen[0] == 2 * len(row)
+    alone = {"input_ids": torch.tensor([row]), "pixel_values": pixels[24:], "image_grid_thw": grids[1:]}
+    assert torch.equal(together[1], new_tokens(model, alone, max_new_tokens=10)[0])
