@@ -66,6 +66,17 @@ bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
 }
 
+// Packed segments' offsets: ascending, within the tokens that query and key have.
+void check_offsets(const TensorView& offsets_q, const TensorView& offsets_k, const TensorView& query,
+                   const TensorView& key, const char* what) {
+  const std::int64_t count = offsets_q.numel();
+  require(count > 0, what);
+  for (const auto& [offsets, length] : {std::pair(&offsets_q, query.size[2]), std::pair(&offsets_k, key.size[2])}) {
+    const std::int64_t* at = contiguous(*offsets, count, DType::i64, query, what).as<std::int64_t>();
+    require(at[0] >= 0 && at[count - 1] <= length && std::is_sorted(at, at + count), what);
+  }
+}
+
 // What forward and backward have in common, checked. `options` are qvl_kernels._attention.Options.
 AttentionParams attention_params(const TensorView& query, const TensorView& key, const TensorView& value,
                                  const TensorView& out, const Optional& lse, const TensorView& scratch,
@@ -157,6 +168,96 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
   return 0;
 }
 
+// What forward and backward have in common, checked. `options` are qvl_kernels._linear_attention.Options.
+LinearAttentionParams linear_attention_params(const TensorView& query, const TensorView& key, const TensorView& value,
+                                              const TensorView& out, const Optional& normalizer,
+                                              const TensorView& scratch, const py::tuple& options) {
+  LinearAttentionParams p{};
+  p.query = query, p.key = key, p.value = value, p.out = out, p.scratch = scratch, p.threads = threads();
+  const auto optional = [&](std::size_t i) { return options[i].cast<Optional>(); };
+  const Optional projection = optional(0), key_mask = optional(3), offsets_q = optional(8), offsets_k = optional(9);
+  p.kind = static_cast<FeatureKind>(options[1].cast<int>()), p.causal = options[2].cast<bool>();
+  require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "linear_attention: tensors");
+  const std::int64_t batch = query.size[0], heads = query.size[1], len_q = query.size[2], dim = query.size[3];
+  const std::int64_t kv_heads = key.size[1], len_k = key.size[2], dim_v = value.size[3];
+  require(query.device < 0 && has_shape(key, {batch, kv_heads, len_k, dim}), "linear_attention: key");
+  require(has_shape(value, {batch, kv_heads, len_k, dim_v}), "linear_attention: value");
+  require(has_shape(out, {batch, heads, len_q, dim_v}), "linear_attention: out");
+  require(kv_heads > 0 && heads % kv_heads == 0 && dim_v <= 256, "linear_attention: heads");
+  for (const TensorView* t : {&query, &key, &value, &out})
+    require(unit_stride(*t) && t->dtype == query.dtype, "linear_attention: strides, dtypes");
+  const DType wide = compute_type(query.dtype);
+  require(projection.has_value() == (p.kind == FeatureKind::favor), "linear_attention: projection");
+  const std::int64_t features = projection ? projection->size[0] : dim;
+  if (projection) {
+    p.projection = contiguous(*projection, features * dim, wide, query, "linear_attention: projection");
+    require(projection->ndim == 2 && dim <= 256, "linear_attention: projection");
+  }
+  require(features > 0 && features <= 2048, "linear_attention: features");
+  if (normalizer) {
+    const std::int64_t rows = 2 * batch * heads * len_q;
+    p.normalizer = contiguous(*normalizer, rows, wide, query, "linear_attention: normalizer");
+  }
+  if (key_mask) {
+    p.key_mask = *key_mask;
+    require(has_shape(*key_mask, {batch, len_k}) && key_mask->dtype == DType::boolean, "linear_attention: key_mask");
+  }
+  if (const Optional sums = optional(4), total = optional(5), top = optional(6); sums) {
+    require(total && top, "linear_attention: state");
+    p.sums = contiguous(*sums, batch * kv_heads * features * dim_v, wide, query, "linear_attention: S");
+    p.total = contiguous(*total, batch * kv_heads * features, wide, query, "linear_attention: z");
+    p.top = contiguous(*top, batch * kv_heads, wide, query, "linear_attention: top");
+  }
+  if (offsets_q) {
+    require(offsets_k.has_value() && batch == 1 && p.top.data == nullptr, "linear_attention: offsets");
+    p.offsets_q = *offsets_q, p.offsets_k = *offsets_k;
+    check_offsets(p.offsets_q, p.offsets_k, query, key, "linear_attention: offsets");
+  }
+  contiguous(scratch, scratch.numel(), DType::u8, query, "linear_attention: scratch");
+  return p;
+}
+
+std::int64_t linear_attention(const TensorView& query, const TensorView& key, const TensorView& value,
+                              const TensorView& out, const Optional& normalizer, const Optional& next_sums,
+                              const Optional& next_total, const Optional& next_top, const TensorView& scratch,
+                              const py::tuple& options) {
+  LinearAttentionParams p = linear_attention_params(query, key, value, out, normalizer, scratch, options);
+  if (next_sums) {
+    require(next_total && next_top && p.offsets_q.data == nullptr, "linear_attention: next state");
+    const std::int64_t heads = query.size[0] * key.size[1];
+    const std::int64_t features = p.projection.data ? p.projection.size[0] : query.size[3];
+    const DType wide = compute_type(query.dtype);
+    p.next_sums = contiguous(*next_sums, heads * features * value.size[3], wide, query, "linear_attention: next S");
+    p.next_total = contiguous(*next_total, heads * features, wide, query, "linear_attention: next z");
+    p.next_top = contiguous(*next_top, heads, wide, query, "linear_attention: next top");
+  }
+  const std::int64_t needed = cpu::linear_attention_scratch_bytes(p);
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::linear_attention(p);
+  return 0;
+}
+
+std::int64_t linear_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
+                                       const TensorView& grad_key, const TensorView& grad_value,
+                                       const TensorView& query, const TensorView& key, const TensorView& value,
+                                       const TensorView& out, const TensorView& normalizer, const TensorView& scratch,
+                                       const py::tuple& options) {
+  const LinearAttentionBackwardParams p{linear_attention_params(query, key, value, out, normalizer, scratch, options),
+                                        grad_out, grad_query, grad_key, grad_value};
+  require(p.forward.top.data == nullptr, "linear_attention_backward: state");
+  for (const auto& [grad, of] : {std::pair(&grad_out, &out), std::pair(&grad_query, &query), std::pair(&grad_key, &key),
+                                 std::pair(&grad_value, &value)})
+    require(grad->device < 0 && grad->dtype == query.dtype && grad->ndim == 4 &&
+                std::equal(of->size, of->size + 4, grad->size) && unit_stride(*grad),
+            "linear_attention_backward: gradients");
+  const std::int64_t needed = cpu::linear_attention_backward_scratch_bytes(p.forward);
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::linear_attention_backward(p);
+  return 0;
+}
+
 double fma_loop(std::int64_t steps, const TensorView& sink) {
   contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
   require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
@@ -181,6 +282,8 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
   m.def("attention", &qvl::attention);
   m.def("attention_backward", &qvl::attention_backward);
+  m.def("linear_attention", &qvl::linear_attention);
+  m.def("linear_attention_backward", &qvl::linear_attention_backward);
   m.def("fma_loop", &qvl::fma_loop);
   m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });

@@ -36,12 +36,40 @@ struct AttentionBackwardParams {
   TensorView grad_out, grad_query, grad_key, grad_value;
 };
 
+// phi of linear attention: exp(W x' - |x'|^2 / 2) / sqrt(M) with W = projection (M, D), elu(x) + 1, or given: query and
+// key are features already.
+enum class FeatureKind : std::uint8_t { favor, elu, given };
+
+// out = phi(q) (sum of phi(k) v^T) / phi(q) (sum of phi(k)). query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv,
+// Lk, Dv), out (B, Hq, Lq, Dv), last strides 1; projection in the compute type; key_mask (B, Lk) bool, any strides;
+// offsets as in AttentionParams. normalizer (2, B, Hq, Lq): each row's denominator is the first times 2 to the second.
+// State before and after, in the compute type, contiguous: 2^top sums (B, Hkv, M, Dv), 2^top total (B, Hkv, M), top (B,
+// Hkv).
+struct LinearAttentionParams {
+  TensorView query, key, value, projection, key_mask, offsets_q, offsets_k, out, normalizer;
+  TensorView sums, total, top, next_sums, next_total, next_top, scratch;
+  FeatureKind kind;
+  bool causal;
+  std::int64_t threads;
+};
+
+// The gradients of a call whose `out` and `normalizer` are kept. grad_out as out; grad_query, grad_key and grad_value
+// as query, key and value.
+struct LinearAttentionBackwardParams {
+  LinearAttentionParams forward;
+  TensorView grad_out, grad_query, grad_key, grad_value;
+};
+
 namespace cpu {
 // What scratch (u8) has to hold at least, for so many threads.
 std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 std::int64_t attention_backward_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 void attention(const AttentionParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+std::int64_t linear_attention_scratch_bytes(const LinearAttentionParams& p);
+std::int64_t linear_attention_backward_scratch_bytes(const LinearAttentionParams& p);
+void linear_attention(const LinearAttentionParams& p);
+void linear_attention_backward(const LinearAttentionBackwardParams& p);
 double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
 void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);

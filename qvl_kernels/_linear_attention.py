@@ -160,7 +160,7 @@ def _empty_state(query: Tensor, key: Tensor, value: Tensor, options: Options) ->
 
 
 NATIVE = {backend: Native(backend) for backend in ("cpu_avx512", "cpu_avx2")}
-linear = _backends.Operation("linear_attention", {"reference": Reference()})
+linear = _backends.Operation("linear_attention", {**NATIVE, "reference": Reference()})
 
 
 def _native(*arguments: Any) -> Native:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks
-from ._linear_attention import Reference
+from ._linear_attention import NATIVE, Reference
 from .linear_attention import FeatureMap, mapped
 
 
@@ -82,4 +82,4 @@ def _check_offsets(op: str, name: str, offsets: Tensor, tokens: int) -> None:
         raise ValueError(f"{op}: {name} must ascend from 0 to {tokens}, got {shown}")
 
 
-_linear_attention_varlen = _backends.Operation("linear_attention_varlen", {"reference": Reference()})
+_linear_attention_varlen = _backends.Operation("linear_attention_varlen", {**NATIVE, "reference": Reference()})
