@@ -258,6 +258,65 @@ std::int64_t linear_attention_backward(const TensorView& grad_out, const TensorV
   return 0;
 }
 
+bool is_matrix(const TensorView& t, std::int64_t rows, std::int64_t columns) {
+  return t.device < 0 && t.ndim == 2 && t.size[0] == rows && t.size[1] == columns;
+}
+
+// The packed weight of in_features columns, checked.
+void packed_weight(PackedLinearParams& p, const TensorView& weight, const Optional& scale, const Optional& minimum,
+                   std::int64_t in_features) {
+  require(weight.ndim == 2 && weight.device < 0, "packed_linear: weight");
+  const std::int64_t rows = weight.size[0], padded = (in_features + 127) / 128 * 128;
+  const bool quantized = weight.dtype == DType::i8 || weight.dtype == DType::u8;
+  require(quantized || weight.dtype == DType::f32 || weight.dtype == DType::bf16, "packed_linear: weight dtype");
+  const std::int64_t width = !quantized ? in_features : weight.dtype == DType::i8 ? padded : padded / 2;
+  p.weight = contiguous(weight, rows * width, weight.dtype, weight, "packed_linear: weight");
+  require(scale.has_value() == quantized && minimum.has_value() == (weight.dtype == DType::u8), "packed_linear: scale");
+  const std::int64_t groups = weight.dtype == DType::i8 ? padded / 128 : padded / 32;
+  if (scale) p.scale = contiguous(*scale, rows * groups, DType::bf16, weight, "packed_linear: scale");
+  if (minimum) p.minimum = contiguous(*minimum, rows * groups, DType::bf16, weight, "packed_linear: minimum");
+}
+
+// Both answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
+std::int64_t packed_linear(const TensorView& x, const TensorView& weight, const Optional& scale,
+                           const Optional& minimum, const Optional& bias, const Optional& residual, const TensorView& y,
+                           const TensorView& scratch, int activation) {
+  PackedLinearParams p{};
+  require(activation >= 0 && activation <= 2, "packed_linear: activation");
+  p.activation = static_cast<Activation>(activation);
+  require(x.ndim == 2 && is_float(x.dtype) && x.dtype != DType::f64 && unit_stride(x), "packed_linear: x");
+  packed_weight(p, weight, scale, minimum, x.size[1]);
+  const std::int64_t outputs = weight.size[0] / (p.activation == Activation::swiglu ? 2 : 1);
+  p.x = x;
+  require(is_matrix(x, x.size[0], x.size[1]) && is_matrix(y, x.size[0], outputs), "packed_linear: y");
+  p.y = contiguous(y, x.size[0] * outputs, x.dtype, x, "packed_linear: y");
+  if (bias) p.bias = contiguous(*bias, weight.size[0], DType::f32, x, "packed_linear: bias");
+  if (residual) p.residual = contiguous(*residual, y.numel(), x.dtype, x, "packed_linear: residual");
+  p.scratch = contiguous(scratch, scratch.numel(), DType::u8, x, "packed_linear: scratch");
+  const std::int64_t needed = cpu::packed_linear_scratch_bytes(p, threads());
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::packed_linear(p, threads());
+  return 0;
+}
+
+std::int64_t packed_linear_backward(const TensorView& grad, const TensorView& weight, const Optional& scale,
+                                    const Optional& minimum, const TensorView& grad_x, const TensorView& scratch) {
+  PackedLinearParams p{};
+  require(grad.ndim == 2 && is_float(grad.dtype) && grad.dtype != DType::f64 && unit_stride(grad),
+          "packed_linear_backward: grad");
+  require(grad_x.ndim == 2 && is_matrix(grad, grad_x.size[0], weight.size[0]), "packed_linear_backward: grad");
+  packed_weight(p, weight, scale, minimum, grad_x.size[1]);
+  p.x = grad;
+  p.y = contiguous(grad_x, grad_x.numel(), grad.dtype, grad, "packed_linear_backward: grad_x");
+  p.scratch = contiguous(scratch, scratch.numel(), DType::u8, grad, "packed_linear_backward: scratch");
+  const std::int64_t needed = cpu::packed_linear_backward_scratch_bytes(p, threads());
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::packed_linear_backward(p, threads());
+  return 0;
+}
+
 double fma_loop(std::int64_t steps, const TensorView& sink) {
   contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
   require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
@@ -284,6 +343,8 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("attention_backward", &qvl::attention_backward);
   m.def("linear_attention", &qvl::linear_attention);
   m.def("linear_attention_backward", &qvl::linear_attention_backward);
+  m.def("packed_linear", &qvl::packed_linear);
+  m.def("packed_linear_backward", &qvl::packed_linear_backward);
   m.def("fma_loop", &qvl::fma_loop);
   m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });

@@ -60,6 +60,16 @@ struct LinearAttentionBackwardParams {
   TensorView grad_out, grad_query, grad_key, grad_value;
 };
 
+enum class Activation : int { none, gelu_tanh, swiglu };
+
+// y = f(x W^T + b) + residual. x (M, K), its last stride 1; weight (N, ...) contiguous, with scale and minimum (N,
+// groups) as qvl_kernels/_packing.py describes; bias (N) float32; y (M, N, or N / 2 with swiglu) contiguous, residual
+// the same in x's type.
+struct PackedLinearParams {
+  TensorView x, weight, scale, minimum, bias, residual, y, scratch;
+  Activation activation;
+};
+
 namespace cpu {
 // What scratch (u8) has to hold at least, for so many threads.
 std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads);
@@ -70,6 +80,11 @@ std::int64_t linear_attention_scratch_bytes(const LinearAttentionParams& p);
 std::int64_t linear_attention_backward_scratch_bytes(const LinearAttentionParams& p);
 void linear_attention(const LinearAttentionParams& p);
 void linear_attention_backward(const LinearAttentionBackwardParams& p);
+std::int64_t packed_linear_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
+void packed_linear(const PackedLinearParams& p, std::int64_t threads);
+// y = x W: x (M, N), y (M, K), nothing else.
+std::int64_t packed_linear_backward_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
+void packed_linear_backward(const PackedLinearParams& p, std::int64_t threads);
 double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
 void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);

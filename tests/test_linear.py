@@ -1,40 +1,213 @@
-"""pack_linear, packed_linear and PackedLinear against the float64 product, on every backend by name."""
+"""packed_linear and PackedLinear against the float64 product of what was packed, on every backend by name.
+
+The kernels sum in float32, so for x in float32 the bound is that of a sum of K terms, relative to |x| |W|. With "int8"
+and "int4" weights they also round the factors to integers, with one scale for each 128 along K. The error of one
+product is then at most, with dx and dw half the steps (`rounding_of_factors`):
+
+    sum_k |W[n, k]| dx + |x[m, k]| dw      dx = max|x| / 65534, dw = 0           "int8", and "int4" for few rows
+                                           dx = max|x| / 16382, dw = max|W| / 4094    "int4" for many rows
+"""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from utils import DTYPES, assert_close, backends_of, device_of, on
 
-from qvl_kernels import PackedLinear, pack_linear, packed_linear
+from qvl_kernels import PackedLinear, PackedWeight, gelu_tanh, pack_linear, packed_linear, swiglu
 
 BACKENDS = backends_of("packed_linear")
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = ["fp32", "bf16", "int8", "int4"]
+# (M, K, N): M = 1 with every remainder of K and N that a kernel can have, the borders between its regimes, and tiles.
+SHAPES = [
+    *((1, k, 5) for k in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 111, 127, 128, 129, 255, 257, 300, 640)),
+    *((1, 130, n) for n in (1, 2, 3, 4, 6, 7, 8, 9, 31, 33, 63, 64, 65)),
+    *((m, 129, 37) for m in (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 67)),
+    *((48, k, 33) for k in (1, 3, 8, 31, 129, 255, 256, 257, 511, 513, 700)),
+    *((48, 130, n) for n in (1, 7, 8, 15, 16, 17, 31, 32, 63, 65, 127, 129, 160, 300)),
+    (0, 8, 4), (3, 8, 0), (3, 0, 4), (530, 70, 20),
+]  # fmt: skip
+
+
+def group_maximum(t):
+    """For each element of (..., K) the largest magnitude among its 128 along K."""
+    width = t.shape[-1]
+    padded = torch.nn.functional.pad(t.double().abs(), (0, -width % 128)).unflatten(-1, (-1, 128))
+    return padded.amax(-1, keepdim=True).expand_as(padded).flatten(-2)[..., :width]
+
+
+def rounding_of_factors(x, weight, format):
+    """The bound of the docstring, (M, N)."""
+    x, weight = x.double(), weight.double()
+    if format not in ("int8", "int4") or not x.numel() or not weight.numel():
+        return torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
+    x_step, w_step = (1 / 16382, 1 / 4094) if format == "int4" else (1 / 65534, 0.0)
+    dx, dw = group_maximum(x) * x_step, group_maximum(weight) * w_step
+    return dx @ weight.abs().T + (x.abs() + dx) @ dw.T
+
+
+def check(x, packed, ours, bias=None):
+    """Against the float64 product; for float32 the sum's bound, else flash-attention's rule, plus the factors'."""
+    dense = packed.dequantize()
+    exact = x.double() @ dense.double().T + (0 if bias is None else bias.double())
+    plain = x @ dense.to(x.dtype).T + (0 if bias is None else bias.to(x.dtype))
+    allowed = rounding_of_factors(x, dense, packed.format)
+    within = exact + (ours.double() - exact).clamp(-allowed, allowed)  # the closest value that rounding explains
+    largest = (x.double().norm(dim=-1).max() * dense.double().norm(dim=-1).max()).item() if exact.numel() else 0.0
+    assert_close("y", ours, within, plain, x.shape[-1], largest=largest if x.dtype == torch.float32 else 0.0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_product(backend, format):
+    device = device_of(backend)
+    for i, (rows, k, n) in enumerate(SHAPES):
+        x, weight = torch.randn(rows, k, device=device), torch.randn(n, k, device=device) + 0.3
+        bias = torch.randn(n, device=device) if i % 2 else None
+        packed = pack_linear(weight, bias, format=format)
+        with on(backend):
+            check(x, packed, packed_linear(x, packed), bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", STORED)
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (1, 64, 48), (2, 65, 17), (9, 128, 31), (0, 8, 4), (3, 8, 0)])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_product(backend, bias, rows, k, n, format, dtype):
-    device = device_of(backend)
-    x, weight = torch.randn(rows, k, dtype=dtype, device=device), torch.randn(n, k, device=device)
-    b = torch.randn(n, device=device) if bias else None
+def test_dtypes_of_x(backend, format, dtype):
+    for rows, k, n in [(1, 64, 48), (2, 65, 17), (9, 128, 31), (1, 1, 1), (40, 200, 70)]:
+        x, weight, bias = torch.randn(rows, k, dtype=dtype), torch.randn(n, k), torch.randn(n)
+        packed = pack_linear(weight, bias, format=format)
+        with on(backend):
+            check(x, packed, packed_linear(x, packed), bias)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_misaligned_x(backend, rows, format):
+    packed = pack_linear(torch.randn(20, 140), format=format)
+    odd = torch.randn(rows * 150 + 1)[1:].view(rows, 150)[:, 3:143]  # rows 150 apart, 4 bytes off any alignment
+    columns = torch.randn(140, rows).T  # last stride not 1
+    expanded = torch.randn(1, 140).expand(rows, 140)
+    folded = torch.randn(2, 3, rows, 140).transpose(0, 2)
+    for x in (odd, columns, expanded, folded):
+        with on(backend):
+            ours = packed_linear(x, packed)
+        assert ours.shape == (*x.shape[:-1], 20)
+        check(x.reshape(-1, 140), packed, ours.reshape(-1, 20))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_at_an_odd_address(backend, format):
+    packed = pack_linear(torch.randn(9, 200), format=format)
+    moved = torch.empty(packed.weight.numel() + 1, dtype=packed.weight.dtype)[1:].view(packed.weight.shape)
+    moved.copy_(packed.weight)
+    x = torch.randn(1, 200)
+    elsewhere = PackedWeight(moved, None, format, 200, packed.scale, packed.minimum)
     with on(backend):
-        ours = packed_linear(x, pack_linear(weight, b, format=format))
-    stored = weight.to(STORED[format])
-    exact = x.double() @ stored.double().T + (0 if b is None else b.double())
-    plain = x @ stored.to(dtype).T + (0 if b is None else b.to(dtype))
-    largest = (x.double().norm(dim=-1).max() * weight.double().norm(dim=-1).max()).item() if x.numel() * n else 0.0
-    assert_close("y", ours, exact, plain, k, largest=largest if dtype == torch.float32 else 0.0)
+        assert torch.equal(packed_linear(x, elsewhere), packed_linear(x, packed))
 
 
-def test_packing_shares_what_needs_no_conversion():
-    weight = torch.randn(4, 8)
-    assert pack_linear(weight, format="fp32").weight.data_ptr() == weight.data_ptr()
-    half = weight.bfloat16()
-    assert pack_linear(half, format="bf16").weight.data_ptr() == half.data_ptr()
-    assert pack_linear(half, format="fp32").weight.dtype == torch.float32
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outliers_and_zeros(backend, rows, format):
+    """One huge activation costs precision only among its 128; rows of zeros stay zero."""
+    x, weight = torch.randn(rows, 384), torch.randn(21, 384)
+    x[0, 5], weight[3, 200], weight[4] = 1e4, -50.0, 0.0
+    packed = pack_linear(weight, format=format)
+    with on(backend):
+        ours = packed_linear(x, packed)
+        check(x, packed, ours)
+        assert (ours[:, 4] == 0).all()
+        assert (packed_linear(torch.zeros_like(x), packed) == 0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extremes_do_not_overflow(backend, rows, format):
+    """Every product of the largest magnitude and one sign: what the integer sums have to hold."""
+    x, weight = torch.full((rows, 1024), 3.0), torch.full((17, 1024), 2.0)
+    weight[:, ::32] = -2.0
+    packed = pack_linear(weight, format=format)
+    for factor in (x, -x):
+        with on(backend):
+            check(factor, packed, packed_linear(factor, packed))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_not_a_number_stays_in_its_row(backend, rows, format):
+    x, packed = torch.randn(rows, 256), pack_linear(torch.randn(12, 256), format=format)
+    x[-1, 7] = torch.nan
+    with on(backend):
+        ours = packed_linear(x, packed)
+    assert ours[-1].isnan().all()
+    assert not ours[:-1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_epilogue(backend, rows, format, dtype):
+    """Activation and residual after the product, rounded once: as close to the three steps as one rounding of each."""
+    x, weight, bias = torch.randn(rows, 96, dtype=dtype), torch.randn(70, 96) / 10, torch.randn(70)
+    packed = pack_linear(weight, bias, format=format)
+    with on(backend):
+        product = packed_linear(x.float(), packed)
+        for activation, made in (
+            (None, product),
+            ("gelu_tanh", gelu_tanh_of(product)),
+            ("swiglu", swiglu_of(product)),
+        ):
+            residual = torch.randn(made.shape, dtype=dtype)
+            ours = packed_linear(x, packed, activation=activation, residual=residual)
+            expected = made.double() + residual.double()
+            # float32: the product's own error, of which the activations keep at most a factor 1.2; else one rounding
+            # of the result, and one of the product where the backend is plain PyTorch in the dtype.
+            bound = 3e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+            bound *= (1 + product.abs().max().item()) * max(1.0, made.abs().max().item())
+            assert ours.dtype == dtype
+            assert (ours.double() - expected).abs().max() <= bound
+
+
+def gelu_tanh_of(product):
+    with on("reference"):
+        return gelu_tanh(product.double())
+
+
+def swiglu_of(product):
+    with on("reference"):
+        return swiglu(*product.double().chunk(2, dim=-1))
+
+
+@given(
+    rows=st.integers(0, 40), k=st.integers(0, 300), n=st.integers(0, 80), format=st.sampled_from(FORMATS),
+    scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_size(rows, k, n, format, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, k, generator=generator) * scale, torch.randn(n, k, generator=generator)
+    packed = pack_linear(weight, format=format)
+    check(x, packed, packed_linear(x, packed))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    for format in FORMATS:
+        packed = pack_linear(torch.randn(300, 512), format=format)
+        for rows in (1, 5, 100):
+            x = torch.randn(rows, 512)
+            torch.set_num_threads(1)
+            alone = packed_linear(x, packed)
+            torch.set_num_threads(3)
+            assert torch.equal(packed_linear(x, packed), alone)
+            torch.set_num_threads(threads)
 
 
 def test_module_replaces_a_linear_layer():
@@ -50,10 +223,16 @@ def test_module_replaces_a_linear_layer():
 
 
 def test_bad_arguments_are_named():
-    weight = torch.ones(3, 4)
-    with pytest.raises(ValueError, match="pack_linear: format must be one of fp32, bf16, got 'int3'"):
-        pack_linear(weight, format="int3")
-    with pytest.raises(ValueError, match=r"pack_linear: bias must have shape \(out_features,\) = \(3,\), got \(4,\)"):
-        pack_linear(weight, torch.ones(4), format="fp32")
+    packed = pack_linear(torch.ones(3, 4), format="fp32")
     with pytest.raises(ValueError, match="packed_linear: x's last dimension must be in_features = 4"):
-        packed_linear(torch.ones(2, 3), pack_linear(weight, format="fp32"))
+        packed_linear(torch.ones(2, 3), packed)
+    with pytest.raises(TypeError, match="packed_linear: x must be float32, bfloat16, float16 or float64, got int32"):
+        packed_linear(torch.ones(2, 4, dtype=torch.int32), packed)
+    with pytest.raises(ValueError, match="activation must be None, 'gelu_tanh' or 'swiglu', got 'relu'"):
+        packed_linear(torch.ones(2, 4), packed, activation="relu")
+    with pytest.raises(ValueError, match="swiglu needs gate and up of one size, got 3 output features"):
+        packed_linear(torch.ones(2, 4), packed, activation="swiglu")
+    with pytest.raises(ValueError, match=r"residual must have shape y's = \(2, 3\), got \(2, 4\)"):
+        packed_linear(torch.ones(2, 4), packed, residual=torch.ones(2, 4))
+    with pytest.raises(TypeError, match="residual must have x's dtype float32, got float64"):
+        packed_linear(torch.ones(2, 4), packed, residual=torch.ones(2, 3).double())

@@ -1,0 +1,115 @@
+// What the linear kernels share: weights as floats, rows of x as integers, and the epilogue.
+#pragma once
+
+#include "attention_tiles.h"
+#include "vec_linear.h"
+
+namespace qvl::cpu {
+
+constexpr int kBlock = 128;  // along K: the group of int8, four groups of int4, and what shares a scale of x
+
+inline bool is_quantized(const PackedLinearParams& p) { return p.scale.data != nullptr; }
+
+// linear_decode.cpp: few rows of x, where reading the weights is all that costs.
+bool is_linear_decode(const PackedLinearParams& p);
+std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
+void linear_decode(const PackedLinearParams& p, std::int64_t threads);
+
+// Memory handed out in pieces of whole cache lines, in floats.
+class Pieces {
+ public:
+  std::int64_t take(std::int64_t floats) {
+    const std::int64_t start = size_;
+    size_ += round_up(floats, 16);
+    return start;
+  }
+  std::int64_t size() const { return size_; }
+
+ private:
+  std::int64_t size_ = 0;
+};
+
+// Calls f(T{}) with the type of x, one of the three narrow ones.
+template <class F>
+void with_x_type(DType dtype, const F& f) {
+  with_storage_type(dtype, [&](auto t) {
+    if constexpr (!std::is_same_v<decltype(t), double>) f(t);
+  });
+}
+
+inline float bf16_at(const TensorView& t, std::int64_t i) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(t.as<bf16>()[i].bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// W[n, k0 ... k0 + count) as floats, and zeros up to `padded`. Quantised rows: k0 at a multiple of 16 or of the vector,
+// and up to a whole vector more than `count` is decoded.
+inline void decode(const PackedLinearParams& p, std::int64_t n, std::int64_t k0, std::int64_t count,
+                   std::int64_t padded, float* to) {
+  using V = Vec<float>;
+  const std::int64_t width = p.weight.size[1];
+  if (p.weight.dtype == DType::f32) return widen(p.weight.as<float>() + n * width + k0, count, padded, to);
+  if (p.weight.dtype == DType::bf16) return widen(p.weight.as<bf16>() + n * width + k0, count, padded, to);
+  const std::int64_t groups = p.scale.size[1];
+  for (std::int64_t i = 0; i < count; i += V::N) {
+    const std::int64_t k = k0 + i;
+    if (p.weight.dtype == DType::i8) {
+      const V scale(bf16_at(p.scale, n * groups + k / kBlock));
+      store(to + i, load(p.weight.as<std::int8_t>() + n * width + k) * scale);
+    } else {
+      const std::int64_t group = n * groups + k / 32;
+      const std::uint8_t* const bytes = p.weight.as<std::uint8_t>() + n * width + k / 64 * 32 + k % 32;
+      const V quants = k % 64 < 32 ? low_halves(bytes) : high_halves(bytes);
+      store(to + i, fma(quants, V(bf16_at(p.scale, group)), V(bf16_at(p.minimum, group))));
+    }
+  }
+  std::fill(to + count, to + std::max(padded, count), 0.0f);
+}
+
+// kBlock floats as integers of at most `limit`: q[i] step is x[i] within half a step. Returns the step, the largest
+// magnitude / limit; NaN, and with it every product, where a number is not finite.
+inline float quantize_block(const float* x, float limit, std::int16_t* q) {
+  using V = Vec<float>;
+  V top = V::zero(), finite = V::zero();
+  for (int i = 0; i < kBlock; i += V::N) {
+    const V v = load(x + i);
+    top = max(top, max(v, V::zero() - v));
+    finite = fma(v, V::zero(), finite);
+  }
+  const float most = largest(top) + sum(finite);
+  const V inverse(most > 1e-30f ? limit / most : 0.0f);
+  for (int i = 0; i < kBlock; i += V::N) store_rounded(q + i, load(x + i) * inverse);
+  return most > 1e-30f || most != most ? most / limit : 0.0f;
+}
+
+// y[row, first ... first + count) from sums of products; `up` are those of the second half with SwiGLU. What is read
+// of the sums are whole vectors.
+template <class T>
+void finish(const PackedLinearParams& p, std::int64_t row, std::int64_t first, std::int64_t count, const float* sums,
+            const float* up) {
+  using V = Vec<float>;
+  const std::int64_t outputs = p.y.size[1], at = row * outputs + first;
+  const float* const bias = p.bias.as<float>();
+  for (std::int64_t i = 0; i < count; i += V::N) {
+    const std::int64_t n = std::min<std::int64_t>(V::N, count - i);
+    V y = load(sums + i);
+    if (bias != nullptr) y = y + load_up_to(bias + first + i, n);
+    if (p.activation == Activation::gelu_tanh) {
+      const V inner = y * fma(y * y, V(1.5957691216057308f * 0.044715f), V(1.5957691216057308f));  // 2 sqrt(2 / pi)
+      y = y * sigmoid(inner);
+    } else if (p.activation == Activation::swiglu) {
+      V u = load(up + i);
+      if (bias != nullptr) u = u + load_up_to(bias + outputs + first + i, n);
+      y = y * sigmoid(y) * u;
+    }
+    if (p.residual.data != nullptr) y = y + load_up_to(p.residual.as<T>() + at + i, n);
+    if (n == V::N)
+      store(p.y.as<T>() + at + i, y);
+    else
+      store(p.y.as<T>() + at + i, y, static_cast<int>(n));
+  }
+}
+
+}  // namespace qvl::cpu

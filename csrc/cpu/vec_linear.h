@@ -1,0 +1,133 @@
+// The intrinsics that only the linear kernels need, beside vec.h: products of integers, and weights from their bytes.
+//
+//   Int32x8, Int16x16, Float8   256 bits on both ISAs, for M = 1: memory sets the pace, wider ones gain nothing
+//   IntVec                      int32 in a vector of the ISA's width, 8 or 16 lanes, for the register tile
+//
+// A product of pairs is a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], int16 times int16 in int32: `vpmaddwd`, or with VNNI
+// `vpdpwssd`, which adds in the same instruction.
+#pragma once
+
+#include "vec.h"
+
+namespace qvl {
+
+struct Int16x16 {
+  __m256i v;
+};
+struct Int32x8 {
+  __m256i v;
+  static Int32x8 zero() { return {_mm256_setzero_si256()}; }
+};
+struct Float8 {
+  __m256 v;
+  static Float8 zero() { return {_mm256_setzero_ps()}; }
+};
+
+inline Int16x16 load16(const std::int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store16(std::int16_t* p, Int16x16 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline Int16x16 widen_to_16(const std::int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Int32x8 dot_pairs(Int16x16 a, Int16x16 b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+// c + by a
+inline Float8 add_scaled(Int32x8 a, const float* by, Float8 c) {
+  return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v)};
+}
+inline float sum(Float8 a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+// A block of 64 int4 weights, without a shuffle: as 16-bit words it is weights 2 i, 32 + 2 i, 2 i + 1, 33 + 2 i from
+// the lowest bits up.
+struct Nibbles {
+  Int16x16 even_low, odd_low, even_high, odd_high;
+};
+inline Nibbles nibbles(const std::uint8_t* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi16(15);
+  return {{_mm256_and_si256(x, mask)},
+          {_mm256_and_si256(_mm256_srli_epi16(x, 8), mask)},
+          {_mm256_and_si256(_mm256_srli_epi16(x, 4), mask)},
+          {_mm256_srli_epi16(x, 12)}};
+}
+
+#if defined(__AVX512F__)
+
+struct IntVec {
+  static constexpr int N = 16;
+  __m512i v;
+  static IntVec zero() { return {_mm512_setzero_si512()}; }
+};
+inline IntVec load_pairs(const float* p) { return {_mm512_loadu_si512(p)}; }
+inline IntVec repeat_pair(const float* p) {
+  std::int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm512_set1_epi32(pair)};
+}
+// Whether the CPU has VNNI is asked at run time; the module is compiled without.
+inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+template <bool kVnni>
+inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
+  if constexpr (kVnni)
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  else
+    acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v));
+}
+inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
+// Rounded to int16, to nearest even; beyond its range to the limits.
+inline void store_rounded(std::int16_t* p, Vec<float> a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+inline Vec<float> from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
+inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
+
+#else
+
+struct IntVec {
+  static constexpr int N = 8;
+  __m256i v;
+  static IntVec zero() { return {_mm256_setzero_si256()}; }
+};
+inline IntVec load_pairs(const float* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline IntVec repeat_pair(const float* p) { return {_mm256_castps_si256(_mm256_broadcast_ss(p))}; }
+inline bool has_vnni() { return false; }
+template <bool kVnni>
+inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
+  acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v));
+}
+inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
+inline void store_rounded(std::int16_t* p, Vec<float> a) {
+  const __m256i x = _mm256_cvtps_epi32(a.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+inline Vec<float> from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
+inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
+
+#endif
+
+// The low or the high halves of as many bytes as a Vec<float> has lanes.
+inline Vec<float> low_halves(const std::uint8_t* p) {
+  return from_bytes(_mm_and_si128(load_lanes(p), _mm_set1_epi8(15)));
+}
+inline Vec<float> high_halves(const std::uint8_t* p) {
+  return from_bytes(_mm_and_si128(_mm_srli_epi16(load_lanes(p), 4), _mm_set1_epi8(15)));
+}
+
+// One vector; n < N elements of it, or all.
+template <class T>
+inline Vec<Acc<T>> load_up_to(const T* p, std::int64_t n) {
+  return n >= Vec<Acc<T>>::N ? load(p) : load(p, static_cast<int>(n));
+}
+
+// 1 / (1 + e^-x), within 3 ULP; NaN for NaN.
+inline Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> power = exp2_to_127(min(Vec<float>(127.0f), x * Vec<float>(-1.4426950408889634f)));
+  return quotient(Vec<float>(1.0f), Vec<float>(1.0f) + power);
+}
+
+}  // namespace qvl
