@@ -21,6 +21,8 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = [
     "attention",
     "attention_varlen",
+    "linear_attention",
+    "linear_attention_varlen",
     "rms_norm",
     "scaled_dot_product_attention",
     "sparse_attention",

@@ -349,12 +349,14 @@ class Forward {
 }  // namespace
 
 std::int64_t linear_attention_scratch_bytes(const LinearAttentionParams& p) {
+  if (is_linear_decode(p)) return linear_attention_decode_scratch_bytes(p);
   const bool wide = p.query.dtype == DType::f64;
   const Layout layout(p, wide ? kPanel<double> : kPanel<float>);
   return (Shared(p, layout.sizes).size + p.threads * layout.size) * (wide ? 8 : 4);
 }
 
 void linear_attention(const LinearAttentionParams& p) {
+  if (is_linear_decode(p)) return linear_attention_decode(p);
   with_storage_type(p.query.dtype, [&](auto t) { Forward<decltype(t)>(p).run(); });
 }
 

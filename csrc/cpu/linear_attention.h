@@ -19,6 +19,11 @@
 
 namespace qvl::cpu {
 
+// linear_attention_decode.cpp: one token, where reading W and the state is all that costs.
+bool is_linear_decode(const LinearAttentionParams& p);
+std::int64_t linear_attention_decode_scratch_bytes(const LinearAttentionParams& p);
+void linear_attention_decode(const LinearAttentionParams& p);
+
 constexpr int kChunk = 96;              // whole strips, whole panels of either ISA
 constexpr int kSegment = 8 * kChunk;    // keys whose states are summed apart, whatever the number of threads
 constexpr int kValueRow = kMaxDim + 8;  // of values in a block: not a multiple of the page, as lines would share sets
