@@ -157,6 +157,56 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
   return 0;
 }
 
+// The lists of one kind: offsets that rise within [0, blocks], key blocks and masks in range.
+void check_lists(const TensorView& offsets, const TensorView& blocks, std::int64_t rows, std::int64_t columns) {
+  const char* const what = "sparse_attention: lists";
+  require(offsets.ndim == 2 && offsets.size[0] >= 1 && offsets.size[1] == rows + 1, what);
+  contiguous(offsets, offsets.numel(), DType::i32, offsets, what);
+  contiguous(blocks, blocks.numel(), DType::i32, offsets, what);
+  require(offsets.device < 0, what);
+  const auto* at = offsets.as<std::int32_t>();
+  require(at[0] >= 0 && at[offsets.numel() - 1] <= blocks.numel() && std::is_sorted(at, at + offsets.numel()), what);
+  const auto* block = blocks.as<std::int32_t>();
+  for (std::int64_t i = 0; i < blocks.numel(); ++i) require(block[i] >= 0 && block[i] < columns, what);
+}
+
+// `blocks` are qvl_kernels.sparse_attention.Blocks.
+SparseAttentionParams sparse_params(const TensorView& query, const TensorView& key, const TensorView& value,
+                                    const TensorView& out, const Optional& lse, const TensorView& scratch,
+                                    const py::tuple& blocks) {
+  const py::none none;
+  const py::tuple options = py::make_tuple(blocks[8], blocks[9], -1, -1, none, none, none, none, none, none);
+  SparseAttentionParams p{attention_params(query, key, value, out, lse, scratch, options)};
+  TensorView* const lists[] = {&p.full_offsets, &p.full, &p.partial_offsets, &p.partial, &p.masks, &p.bits};
+  for (std::size_t i = 0; i < 6; ++i) *lists[i] = blocks[i].cast<TensorView>();
+  p.block = blocks[6].cast<std::int64_t>(), p.shared = blocks[7].cast<bool>();
+  require(p.block == 32 || p.block == 64 || p.block == 128 || p.block == 256, "sparse_attention: block");
+  const std::int64_t rows = (query.size[2] + p.block - 1) / p.block, columns = (key.size[2] + p.block - 1) / p.block;
+  check_lists(p.full_offsets, p.full, rows, columns);
+  check_lists(p.partial_offsets, p.partial, rows, columns);
+  const std::int64_t heads = p.full_offsets.size[0];
+  require(p.partial_offsets.size[0] == heads && (heads == query.size[1] || heads == 1), "sparse_attention: heads");
+  require(p.shared || heads > 1 || query.size[1] == 1, "sparse_attention: heads");
+  require(p.bits.ndim == 3 && p.bits.size[1] == p.block && p.bits.size[2] == p.block / 8, "sparse_attention: bits");
+  contiguous(p.bits, p.bits.numel(), DType::u8, query, "sparse_attention: bits");
+  contiguous(p.masks, p.partial.numel(), DType::i32, query, "sparse_attention: masks");
+  const auto* mask = p.masks.as<std::int32_t>();
+  for (std::int64_t i = 0; i < p.masks.numel(); ++i)
+    require(mask[i] >= 0 && mask[i] < p.bits.size[0], "sparse_attention: masks");
+  return p;
+}
+
+std::int64_t sparse_attention(const TensorView& query, const TensorView& key, const TensorView& value,
+                              const TensorView& out, const Optional& lse, const TensorView& scratch,
+                              const py::tuple& blocks) {
+  const SparseAttentionParams p = sparse_params(query, key, value, out, lse, scratch, blocks);
+  const std::int64_t needed = cpu::sparse_attention_scratch_bytes(p, threads());
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::sparse_attention(p);
+  return 0;
+}
+
 double fma_loop(std::int64_t steps, const TensorView& sink) {
   contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
   require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
@@ -181,6 +231,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
   m.def("attention", &qvl::attention);
   m.def("attention_backward", &qvl::attention_backward);
+  m.def("sparse_attention", &qvl::sparse_attention);
   m.def("fma_loop", &qvl::fma_loop);
   m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
