@@ -60,7 +60,9 @@ void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, co
   cpu::rms_norm_backward(p);
 }
 
-bool unit_stride(const TensorView& t) { return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1; }
+bool unit_stride(const TensorView& t) {
+  return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0;
+}
 
 bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
@@ -135,6 +137,11 @@ std::int64_t attention(const TensorView& query, const TensorView& key, const Ten
   return 0;
 }
 
+bool beside(const TensorView& grad, const TensorView& of, DType dtype) {
+  return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
+         unit_stride(grad);
+}
+
 std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
                                 const TensorView& grad_value, const TensorView& query, const TensorView& key,
                                 const TensorView& value, const TensorView& out, const TensorView& lse,
@@ -142,10 +149,6 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
   AttentionBackwardParams p{attention_params(query, key, value, out, lse, scratch, options), grad_out, grad_query,
                             grad_key, grad_value};
   require(p.forward.key_scale.data == nullptr, "attention_backward: int8");
-  const auto beside = [](const TensorView& grad, const TensorView& of, DType dtype) {
-    return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
-           unit_stride(grad);
-  };
   const DType wide = compute_type(query.dtype);
   require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
   require(beside(grad_query, query, wide), "attention_backward: grad_query");
@@ -207,6 +210,24 @@ std::int64_t sparse_attention(const TensorView& query, const TensorView& key, co
   return 0;
 }
 
+std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
+                                       const TensorView& grad_key, const TensorView& grad_value,
+                                       const TensorView& query, const TensorView& key, const TensorView& value,
+                                       const TensorView& out, const TensorView& lse, const TensorView& scratch,
+                                       const py::tuple& blocks) {
+  const SparseAttentionBackwardParams p{sparse_params(query, key, value, out, lse, scratch, blocks), grad_out,
+                                        grad_query, grad_key, grad_value};
+  require(beside(grad_out, out, query.dtype), "sparse_attention_backward: grad_out");
+  require(beside(grad_query, query, query.dtype), "sparse_attention_backward: grad_query");
+  require(beside(grad_key, key, query.dtype) && beside(grad_value, value, query.dtype),
+          "sparse_attention_backward: grad_key, grad_value");
+  const std::int64_t needed = cpu::sparse_attention_backward_scratch_bytes(p.forward, threads());
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::sparse_attention_backward(p);
+  return 0;
+}
+
 double fma_loop(std::int64_t steps, const TensorView& sink) {
   contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
   require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
@@ -232,6 +253,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("attention", &qvl::attention);
   m.def("attention_backward", &qvl::attention_backward);
   m.def("sparse_attention", &qvl::sparse_attention);
+  m.def("sparse_attention_backward", &qvl::sparse_attention_backward);
   m.def("fma_loop", &qvl::fma_loop);
   m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });

@@ -90,8 +90,8 @@ class Blocks(NamedTuple):
     causal: bool
 
     def dense(self, query: Tensor, key: Tensor) -> Tensor:
-        lists = (x.to(query.device) for x in self[:6])
-        return reference.dense(*lists, self.block, query.shape[2], key.shape[2])
+        lists = [x.to(query.device) for x in (*self[:5], self.bits)]
+        return reference.dense(lists, self.block, query.shape[2], key.shape[2])
 
 
 class Reference:
