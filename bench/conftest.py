@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timing import RESULTS, Case, machine, measure, record, roofs, table, write_json
+from timing import RESULTS, Case, density_table, machine, measure, record, roofs, table, write_json
 
 from qvl_kernels import _backends
 
@@ -38,13 +38,15 @@ def compare(benchmark, request):
     pytest-benchmark times `ours` too, so that its own comparison over commits works.
     """
 
-    def run(case: Case, ours, reference, torch_own, tolerance: float) -> None:
+    def run(case: Case, ours, reference, torch_own, tolerance: float, dense=None) -> None:
         with torch.no_grad():
             runs = {"ours": ours, "torch": torch_own}
             if reference is not None:
                 runs["reference"] = reference
             for name in list(runs)[1:]:
                 _agree(ours(), runs[name](), tolerance)
+            if dense is not None:  # another result, for the relation of the times
+                runs["dense"] = dense
             rounds = 3 if request.config.getoption("--short") else 25
             seconds = measure(runs | {"fma": roofs().fma, "read": roofs().read}, rounds)
             row = record(case, seconds, backend_of(case.operation))
@@ -77,5 +79,6 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("qvl bench")
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in facts.items()))
     terminalreporter.write_line(table(RESULTS))
+    terminalreporter.write_line(density_table(RESULTS))
     if path := config.getoption("--qvl-json"):
         write_json(path)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from timing import Row, table
+from timing import Row, density_table, table
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
@@ -21,7 +21,8 @@ def section(path: str) -> str:
         f"commit {facts['commit']}; roofs in the same run: {facts['read_gbytes']} GB/s read, "
         f"{facts['fma_gflops']} GFLOP/s float32."
     )
-    return head + "\n\n" + table([Row(**row) for row in content["rows"]])
+    rows = [Row(**row) for row in content["rows"]]
+    return "\n\n".join(part for part in (head, table(rows), density_table(rows)) if part)
 
 
 def plot(paths: list[str], series: str, to: Path) -> None:

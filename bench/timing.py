@@ -45,6 +45,7 @@ class Case:
     bytes: float
     series: str = ""
     length: int = 0
+    density: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Row:
     series: str
     length: int
     flops: float
+    density: float = 0.0  # of sparse attention's pattern, with the time of our own dense kernel on the same shape
+    dense_us: float = 0.0
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -109,6 +112,8 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
         case.series,
         case.length,
         case.flops,
+        case.density,
+        seconds.get("dense", 0.0) * 1e6,
     )
     RESULTS.append(row)
     return row
@@ -152,6 +157,24 @@ def table(rows: list[Row]) -> str:
     lines += [
         f"| {r.operation} | {r.name} | {r.backend} | {r.ours_us:.1f} us | {r.gflops:.1f} | {r.gbytes:.1f} "
         f"| {r.percent_of_roof:.0f} | {r.ratio_to_torch:.2f} | {_times(r.reference_us / r.ours_us)} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def density_table(rows: list[Row]) -> str:
+    """Sparse attention beside dense: how many times faster than our own dense kernel, and how much of 1 / density that
+    is; empty without such rows."""
+    rows = [row for row in rows if row.dense_us]
+    if not rows:
+        return ""
+    lines = [
+        "| sparse_attention | density | time | x own dense | of 1 / density | x torch with the mask |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {r.name} | {r.density:.4f} | {r.ours_us / 1e3:.2f} ms | {r.dense_us / r.ours_us:.2f} "
+        f"| {100 * r.dense_us / r.ours_us * r.density:.0f} % | {r.ratio_to_torch:.2f} |"
         for r in rows
     ]
     return "\n".join(lines)

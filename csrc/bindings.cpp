@@ -60,7 +60,9 @@ void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, co
   cpu::rms_norm_backward(p);
 }
 
-bool unit_stride(const TensorView& t) { return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1; }
+bool unit_stride(const TensorView& t) {
+  return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0;
+}
 
 bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
@@ -146,6 +148,11 @@ std::int64_t attention(const TensorView& query, const TensorView& key, const Ten
   return 0;
 }
 
+bool beside(const TensorView& grad, const TensorView& of, DType dtype) {
+  return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
+         unit_stride(grad);
+}
+
 std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
                                 const TensorView& grad_value, const TensorView& query, const TensorView& key,
                                 const TensorView& value, const TensorView& out, const TensorView& lse,
@@ -153,10 +160,6 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
   AttentionBackwardParams p{attention_params(query, key, value, out, lse, scratch, options), grad_out, grad_query,
                             grad_key, grad_value};
   require(p.forward.key_scale.data == nullptr, "attention_backward: int8");
-  const auto beside = [](const TensorView& grad, const TensorView& of, DType dtype) {
-    return grad.device < 0 && grad.dtype == dtype && grad.ndim == 4 && std::equal(of.size, of.size + 4, grad.size) &&
-           unit_stride(grad);
-  };
   const DType wide = compute_type(query.dtype);
   require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
   require(beside(grad_query, query, wide), "attention_backward: grad_query");
@@ -317,6 +320,74 @@ std::int64_t packed_linear_backward(const TensorView& grad, const TensorView& we
   return 0;
 }
 
+// The lists of one kind: offsets that rise within [0, blocks], key blocks and masks in range.
+void check_lists(const TensorView& offsets, const TensorView& blocks, std::int64_t rows, std::int64_t columns) {
+  const char* const what = "sparse_attention: lists";
+  require(offsets.ndim == 2 && offsets.size[0] >= 1 && offsets.size[1] == rows + 1, what);
+  contiguous(offsets, offsets.numel(), DType::i32, offsets, what);
+  contiguous(blocks, blocks.numel(), DType::i32, offsets, what);
+  require(offsets.device < 0, what);
+  const auto* at = offsets.as<std::int32_t>();
+  require(at[0] >= 0 && at[offsets.numel() - 1] <= blocks.numel() && std::is_sorted(at, at + offsets.numel()), what);
+  const auto* block = blocks.as<std::int32_t>();
+  for (std::int64_t i = 0; i < blocks.numel(); ++i) require(block[i] >= 0 && block[i] < columns, what);
+}
+
+// `blocks` are qvl_kernels.sparse_attention.Blocks.
+SparseAttentionParams sparse_params(const TensorView& query, const TensorView& key, const TensorView& value,
+                                    const TensorView& out, const Optional& lse, const TensorView& scratch,
+                                    const py::tuple& blocks) {
+  const py::none none;
+  const py::tuple options = py::make_tuple(blocks[8], blocks[9], -1, -1, none, none, none, none, none, none);
+  SparseAttentionParams p{attention_params(query, key, value, out, lse, scratch, options)};
+  TensorView* const lists[] = {&p.full_offsets, &p.full, &p.partial_offsets, &p.partial, &p.masks, &p.bits};
+  for (std::size_t i = 0; i < 6; ++i) *lists[i] = blocks[i].cast<TensorView>();
+  p.block = blocks[6].cast<std::int64_t>(), p.shared = blocks[7].cast<bool>();
+  require(p.block == 32 || p.block == 64 || p.block == 128 || p.block == 256, "sparse_attention: block");
+  const std::int64_t rows = (query.size[2] + p.block - 1) / p.block, columns = (key.size[2] + p.block - 1) / p.block;
+  check_lists(p.full_offsets, p.full, rows, columns);
+  check_lists(p.partial_offsets, p.partial, rows, columns);
+  const std::int64_t heads = p.full_offsets.size[0];
+  require(p.partial_offsets.size[0] == heads && (heads == query.size[1] || heads == 1), "sparse_attention: heads");
+  require(p.shared || heads > 1 || query.size[1] == 1, "sparse_attention: heads");
+  require(p.bits.ndim == 3 && p.bits.size[1] == p.block && p.bits.size[2] == p.block / 8, "sparse_attention: bits");
+  contiguous(p.bits, p.bits.numel(), DType::u8, query, "sparse_attention: bits");
+  contiguous(p.masks, p.partial.numel(), DType::i32, query, "sparse_attention: masks");
+  const auto* mask = p.masks.as<std::int32_t>();
+  for (std::int64_t i = 0; i < p.masks.numel(); ++i)
+    require(mask[i] >= 0 && mask[i] < p.bits.size[0], "sparse_attention: masks");
+  return p;
+}
+
+std::int64_t sparse_attention(const TensorView& query, const TensorView& key, const TensorView& value,
+                              const TensorView& out, const Optional& lse, const TensorView& scratch,
+                              const py::tuple& blocks) {
+  const SparseAttentionParams p = sparse_params(query, key, value, out, lse, scratch, blocks);
+  const std::int64_t needed = cpu::sparse_attention_scratch_bytes(p, threads());
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::sparse_attention(p);
+  return 0;
+}
+
+std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
+                                       const TensorView& grad_key, const TensorView& grad_value,
+                                       const TensorView& query, const TensorView& key, const TensorView& value,
+                                       const TensorView& out, const TensorView& lse, const TensorView& scratch,
+                                       const py::tuple& blocks) {
+  const SparseAttentionBackwardParams p{sparse_params(query, key, value, out, lse, scratch, blocks), grad_out,
+                                        grad_query, grad_key, grad_value};
+  require(beside(grad_out, out, query.dtype), "sparse_attention_backward: grad_out");
+  require(beside(grad_query, query, query.dtype), "sparse_attention_backward: grad_query");
+  require(beside(grad_key, key, query.dtype) && beside(grad_value, value, query.dtype),
+          "sparse_attention_backward: grad_key, grad_value");
+  const std::int64_t needed = cpu::sparse_attention_backward_scratch_bytes(p.forward, threads());
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  cpu::sparse_attention_backward(p);
+  return 0;
+}
+
 double fma_loop(std::int64_t steps, const TensorView& sink) {
   contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
   require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
@@ -345,6 +416,8 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("linear_attention_backward", &qvl::linear_attention_backward);
   m.def("packed_linear", &qvl::packed_linear);
   m.def("packed_linear_backward", &qvl::packed_linear_backward);
+  m.def("sparse_attention", &qvl::sparse_attention);
+  m.def("sparse_attention_backward", &qvl::sparse_attention_backward);
   m.def("fma_loop", &qvl::fma_loop);
   m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });

@@ -70,6 +70,22 @@ struct PackedLinearParams {
   Activation activation;
 };
 
+// Attention over listed blocks of `block` queries and keys. offsets (H or 1, blocks of queries + 1) int32 say where the
+// lists of each head and block of queries start in full and partial, key blocks; masks (as partial) is each partial
+// block's index in bits (U, block, block / 8) u8. shared: the query heads of a group have the same lists.
+struct SparseAttentionParams {
+  AttentionParams attention;
+  TensorView full_offsets, full, partial_offsets, partial, masks, bits;
+  std::int64_t block;
+  bool shared;
+};
+
+// grad_out, grad_query, grad_key and grad_value as for AttentionBackwardParams, but in the storage type and written.
+struct SparseAttentionBackwardParams {
+  SparseAttentionParams forward;
+  TensorView grad_out, grad_query, grad_key, grad_value;
+};
+
 namespace cpu {
 // What scratch (u8) has to hold at least, for so many threads.
 std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads);
@@ -85,6 +101,10 @@ void packed_linear(const PackedLinearParams& p, std::int64_t threads);
 // y = x W: x (M, N), y (M, K), nothing else.
 std::int64_t packed_linear_backward_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
 void packed_linear_backward(const PackedLinearParams& p, std::int64_t threads);
+std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std::int64_t threads);
+std::int64_t sparse_attention_backward_scratch_bytes(const SparseAttentionParams& p, std::int64_t threads);
+void sparse_attention(const SparseAttentionParams& p);
+void sparse_attention_backward(const SparseAttentionBackwardParams& p);
 double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
 void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);

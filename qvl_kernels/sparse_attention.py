@@ -90,8 +90,8 @@ class Blocks(NamedTuple):
     causal: bool
 
     def dense(self, query: Tensor, key: Tensor) -> Tensor:
-        lists = (x.to(query.device) for x in self[:6])
-        return reference.dense(*lists, self.block, query.shape[2], key.shape[2])
+        lists = [x.to(query.device) for x in (*self[:5], self.bits)]
+        return reference.dense(lists, self.block, query.shape[2], key.shape[2])
 
 
 class Reference:
@@ -165,8 +165,8 @@ class Native:
                 self._memory.buffer = scratch
 
 
-_implementations = {"reference": Reference()}
-_operation = _backends.Operation("sparse_attention", _implementations)
+_NATIVE = {backend: Native(backend) for backend in ("cpu_avx512", "cpu_avx2")}
+_operation = _backends.Operation("sparse_attention", {**_NATIVE, "reference": Reference()})
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, *blocks: Any) -> tuple[Tensor, Tensor]:

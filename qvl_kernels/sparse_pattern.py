@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class SparsePattern:
-    """Who sees whom, (H or 1, Lq, Lk), kept as lists of blocks of `block` x `block` pairs: blocks that are seen in full,
-    and partial ones with a mask. Make one with a class method, once for many calls.
+    """Who sees whom, (H or 1, Lq, Lk), kept as lists of blocks of `block` x `block` pairs: blocks that are seen in
+    full, and partial ones with a mask. Make one with a class method, once for many calls.
 
     Query i stands at position p = Lk - Lq + i (bottom-right aligned, as in `attention`); "a window of 4" is the keys
     p - 3 to p. A query may see nothing: its output and gradients are zeros.
@@ -79,8 +79,8 @@ class SparsePattern:
 
     @classmethod
     def strided(cls, len_q: int, len_k: int, stride: int, local: int = 1, block: int = 64) -> SparsePattern:
-        """Of the key blocks up to a query's own the last `local` and every `stride`-th: with c = p // block - j // block
-        key j <= p is seen where c < local or c % stride = 0.
+        """Of the key blocks up to a query's own the last `local` and every `stride`-th: with
+        c = p // block - j // block key j <= p is seen where c < local or c % stride = 0.
 
         Raises:
             ValueError: stride is below 1 or local negative.
@@ -110,8 +110,8 @@ class SparsePattern:
         seed: int = 0,
         block: int = 64,
     ) -> SparsePattern:
-        """Blocks, in both directions: a band `window` wide, the first `global_blocks` as keys of all and as queries of all,
-        and for each query block `random_blocks` of the others, drawn for each head by `seed`.
+        """Blocks, in both directions: a band `window` wide, the first `global_blocks` as keys of all and as queries of
+        all, and for each query block `random_blocks` of the others, drawn for each head by `seed`.
 
         Query block i stands beside key block i + (key blocks - query blocks).
 
@@ -292,7 +292,7 @@ class SparsePattern:
 
     def to_dense(self) -> Tensor:
         """(H, Lq, Lk) bool, True where a query sees a key."""
-        return reference.dense(*self.lists, self.block, self.len_q, self.len_k)
+        return reference.dense(self.lists, self.block, self.len_q, self.len_k)
 
     def density(self) -> float:
         """The share of the pairs that are seen, of all heads together."""

@@ -17,15 +17,14 @@
 //
 // Source: Dao, FlashAttention-2, 2023, section 3.1; online softmax: Milakov and Gimelshein, 2018.
 
-#include "attention_tiles.h"
+#include "attention_sums.h"
 #include "dispatch.h"
 #include "parallel.h"
 
 namespace qvl::cpu {
 namespace {
 
-constexpr int kTile = 192;
-constexpr int kGroup = 4;
+constexpr int kTile = kScoreRow;
 constexpr int kBlockRows = 10 * kGroup * kStrip;
 
 // Scratch of one thread, in elements of the compute type.
@@ -55,7 +54,6 @@ template <class T, class S>
 class Block {
  public:
   using A = Acc<T>;
-  using V = Vec<A>;
 
   Block(const AttentionParams& p, const Head<T, S>& head, const Layout& at, A* scratch, std::int64_t first,
         std::int64_t count)
@@ -65,36 +63,22 @@ class Block {
         m_(scratch),
         first_(first),
         count_(count),
-        strips_((count + kStrip - 1) / kStrip) {}
+        strips_((count + kStrip - 1) / kStrip),
+        sums_{at.dim, at.columns, scratch + at.query, scratch + at.out, scratch + at.top, scratch + at.total} {}
 
   void run() {
-    load_queries();
+    sums_.load_queries(head_, p_.scale, first_, count_);
     const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
     for (std::int64_t tile = all.begin / kTile * kTile; tile < all.end; tile += kTile) {
       const std::int64_t keys = std::min<std::int64_t>(kTile, head_.len_k - tile);
       pack(tile, keys);
       for (std::int64_t strip = 0; strip < strips_; strip += kGroup) add_group(strip, tile, keys);
     }
-    write();
+    sums_.write(head_, p_.value.size[3], first_, count_);
   }
 
  private:
   Range range(std::int64_t row) const { return visible(p_, head_.position(first_ + row), head_.len_k); }
-
-  void load_queries() {
-    const V scale(static_cast<A>(p_.scale * kLog2e));
-    A rows[kStrip][kMaxDim];
-    for (std::int64_t strip = 0; strip < strips_; ++strip) {
-      for (int r = 0; r < kStrip; ++r) {
-        widen(head_.query_of(first_ + std::min(strip * kStrip + r, count_ - 1)), at_.dim, at_.dim, rows[r]);
-        multiply(rows[r], scale, at_.dim);
-      }
-      to_strip(rows[0], kMaxDim, at_.dim, m_ + at_.query + strip * kStrip * at_.dim);
-    }
-    std::fill_n(m_ + at_.out, strips_ * kStrip * at_.columns, A(0));
-    std::fill_n(m_ + at_.top, strips_ * kStrip, -std::numeric_limits<A>::infinity());
-    std::fill_n(m_ + at_.total, strips_ * kStrip * V::N, A(0));
-  }
 
   void pack(std::int64_t tile, std::int64_t keys) {
     const A* const scale = head_.key_scale ? head_.key_scale + tile * head_.key_scale_row : nullptr;
@@ -128,11 +112,11 @@ class Block {
       for (int s = 0; s < strips; ++s)
         if (seen[s].begin < seen[s].end)
           add_values(scores + s * kStrip * kTile, seen[s], m_ + at_.value + c * kTile, shrink + s * kStrip,
-                     m_ + at_.out + (first_strip + s) * kStrip * at_.columns + c * kStrip);
+                     sums_.sums_of(first_strip + s, c));
   }
 
   void score(std::int64_t strip, std::int64_t j, A* scores) const {
-    score_panel(m_ + at_.query + strip * kStrip * at_.dim, m_ + at_.key + j * at_.dim, at_.dim, scores + j, kTile);
+    sums_.score(strip, m_ + at_.key + j * at_.dim, scores + j);
   }
 
   void hide_strip(std::int64_t strip, std::int64_t tile, Range seen, A* scores) const {
@@ -143,70 +127,20 @@ class Block {
       hide(p_, head_, first_ + std::min(row + r, count_ - 1), tile, seen, padded, scores + r * kTile);
   }
 
-  // Scores to 2^(score - top). `top` has to be near the largest score, not equal to it: sums are relative to it, and
-  // floating point does not mind a common factor. So the largest score of a strip's first tile serves until a tile's
-  // sum passes 2^16, and the later tiles spend nothing on maxima.
   void soften_strip(std::int64_t strip, std::int64_t tile, Range seen, A* scores, A* shrink) {
     hide_strip(strip, tile, seen, scores);
-    const A* const tops = m_ + at_.top + strip * kStrip;
-    if (*std::min_element(tops, tops + kStrip) > -std::numeric_limits<A>::infinity()) {
-      std::fill_n(shrink, kStrip, A(1));
-      if (soften_relative(strip, seen, scores)) return;
-      for (std::int64_t j = seen.begin; j < seen.end; j += kPanel<A>) score(strip, j, scores);  // they are gone
+    sums_.soften_strip(strip, seen, scores, shrink, [&] {
+      for (std::int64_t j = seen.begin; j < seen.end; j += kPanel<A>) score(strip, j, scores);
       hide_strip(strip, tile, seen, scores);
-    }
-    for (int r = 0; r < kStrip; ++r) {
-      A& top = m_[at_.top + strip * kStrip + r];
-      A* const lanes = m_ + at_.total + (strip * kStrip + r) * V::N;
-      A added = 0;
-      shrink[r] = soften(scores + r * kTile, seen.begin, round_up(seen.end, kPanel<A>), top, added);
-      V total = load(lanes) * V(shrink[r]);
-      store(lanes, total);
-      lanes[0] += added;
-    }
-  }
-
-  // With the tops as they are; false, and nothing but the scores changed, where they will not do.
-  bool soften_relative(std::int64_t strip, Range seen, A* scores) {
-    V added[kStrip], largest = V::zero();
-    clear(added);
-    for (int r = 0; r < kStrip; ++r) {
-      const V shift(m_[at_.top + strip * kStrip + r]), most(A(127));
-      for (std::int64_t j = seen.begin; j < round_up(seen.end, kPanel<A>); j += V::N) {
-        const V e = exp2_to_127(min(most, load(scores + r * kTile + j) - shift));  // in this order a NaN stays
-        store(scores + r * kTile + j, e);
-        added[r] = added[r] + e;
-      }
-      largest = max(added[r], largest);  // a NaN is not kept
-    }
-    if (any_above(largest, V(A(65536)))) return false;
-    for (int r = 0; r < kStrip; ++r) {
-      A* const total = m_ + at_.total + (strip * kStrip + r) * V::N;
-      store(total, load(total) + added[r]);
-    }
-    return true;
+    });
   }
 
   // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for one strip and one panel of columns.
   static void add_values(const A* p, Range keys, const A* values, const A* shrink, A* o) {
     Tile<A> acc;
-    load_tile(o, kPanel<A>, acc);
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r) {
-      acc[r][0] = acc[r][0] * V(shrink[r]);
-      acc[r][1] = acc[r][1] * V(shrink[r]);
-    }
+    Sums<A>::load_shrunk(o, shrink, acc);
     multiply_add<kTile, 1>(p + keys.begin, values + keys.begin * kPanel<A>, keys.end - keys.begin, acc);
     store_tile(o, kPanel<A>, acc);
-  }
-
-  void write() {
-    A row[kMaxDim];
-    for (std::int64_t r = 0; r < count_; ++r) {
-      const A* from = m_ + at_.out + r / kStrip * kStrip * at_.columns + r % kStrip * kPanel<A>;
-      for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>) std::copy_n(from + c * kStrip, kPanel<A>, row + c);
-      write_row(head_, first_ + r, p_.value.size[3], row, m_[at_.top + r], sum(load(m_ + at_.total + r * V::N)));
-    }
   }
 
   const AttentionParams& p_;
@@ -214,6 +148,7 @@ class Block {
   const Layout& at_;
   A* const m_;
   const std::int64_t first_, count_, strips_;
+  Sums<A> sums_;
 };
 
 template <class T, class S>

@@ -19,7 +19,7 @@
 //
 // Source: Dao, FlashAttention-2, 2023, section 3.1, algorithm 2.
 
-#include "attention_tiles.h"
+#include "attention_gradients.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -59,8 +59,8 @@ struct Layout {
     key = take(kTile * columns);
     grad_key = take(kTile * columns);
     grad_value = take(kTile * columns_v);
-    weights = take(kRows * kTile);
-    grad_scores = take(kRows * kTile);
+    weights = take(GradientTile<float, kTile, kStrips>::kScores);
+    grad_scores = take(GradientTile<float, kTile, kStrips>::kScores);
     size = at;
   }
 };
@@ -75,16 +75,6 @@ void add_from_panels(const A* panels, std::int64_t k, std::int64_t count, A fact
   }
 }
 
-template <class A>
-A dot(const A* a, const A* b, std::int64_t n) {
-  using V = Vec<A>;
-  V acc = V::zero();
-  std::int64_t i = 0;
-  for (; i + V::N <= n; i += V::N) acc = fma(load(a + i), load(b + i), acc);
-  if (const int rest = static_cast<int>(n - i); rest > 0) acc = fma(load(a + i, rest), load(b + i, rest), acc);
-  return sum(acc);
-}
-
 // One pair of chunks: the rows `rows` of one KV head's group against its keys `keys`.
 template <class T>
 class Pair {
@@ -94,6 +84,30 @@ class Pair {
 
   Pair(const AttentionBackwardParams& p, std::int64_t segment, std::int64_t kv_head, const Layout& at, A* scratch)
       : p_(p.forward), head_(head_of<T>(p.forward, segment, kv_head)), at_(at), m_(scratch) {
+    A* const m = scratch;
+    tile_ = {at.dim,
+             at.dim_v,
+             at.columns,
+             at.columns_v,
+             kRows,
+             kTile,
+             kTile,
+             m + at.query_strips,
+             m + at.grad_strips,
+             m + at.query,
+             m + at.grad,
+             m + at.lse,
+             m + at.delta,
+             m + at.grad_query,
+             m + at.key_panels,
+             m + at.value_panels,
+             m + at.key,
+             m + at.grad_key,
+             m + at.grad_value,
+             m + at.weights,
+             m + at.grad_scores,
+             kStrips,
+             {}};
     const bool packed = p_.offsets_q.data != nullptr;
     const std::int64_t q0 = packed ? p_.offsets_q.as<std::int64_t>()[segment] : 0;
     const std::int64_t k0 = packed ? p_.offsets_k.as<std::int64_t>()[segment] : 0;
@@ -180,77 +194,22 @@ class Pair {
     }
   }
 
-  // P and dS of the block's rows, dQ = dS K, dV += P^T dO, dK += dS^T Q.
   void add_block(std::int64_t first, std::int64_t count, std::int64_t tile, std::int64_t width) {
     for (int s = 0; s < kStrips; ++s) {
-      seen_[s] = {0, 0};
+      Range& seen = tile_.seen[s];
+      seen = {0, 0};
       if (s * kStrip >= count) continue;
       const std::int64_t begin = range(first + s * kStrip).begin - tile;
       const std::int64_t end = range(first + std::min<std::int64_t>((s + 1) * kStrip, count) - 1).end - tile;
-      seen_[s].begin = std::clamp<std::int64_t>(begin, 0, width) / kPanel<A> * kPanel<A>;
-      seen_[s].end = std::clamp<std::int64_t>(end, seen_[s].begin, width);
+      seen.begin = std::clamp<std::int64_t>(begin, 0, width) / kPanel<A> * kPanel<A>;
+      seen.end = std::clamp<std::int64_t>(end, seen.begin, width);
     }
-    products_of_rows(at_.query_strips, at_.key_panels, at_.dim, width, at_.weights);
-    products_of_rows(at_.grad_strips, at_.value_panels, at_.dim_v, width, at_.grad_scores);
-    for (int r = 0; r < kRows; ++r) soften_backward(first, std::min<std::int64_t>(r, count - 1), r, tile);
-    for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>)
-      for (int s = 0; s < kStrips; ++s) {
-        const auto [begin, end] = seen_[s];
-        Tile<A> acc;
-        clear_tile<A>(acc);
-        multiply_add<kTile, 1>(m_ + at_.grad_scores + s * kStrip * kTile + begin,
-                               m_ + at_.key + c * kTile + begin * kPanel<A>, end - begin, acc);
-        store_tile(m_ + at_.grad_query + c * kRows + s * kStrip * kPanel<A>, kPanel<A>, acc);
-      }
-    products_of_keys(at_.weights, at_.grad, at_.columns_v, width, at_.grad_value);
-    products_of_keys(at_.grad_scores, at_.query, at_.columns, width, at_.grad_key);
-  }
-
-  // scores = strips . panels, where the strips see the keys.
-  void products_of_rows(std::int64_t strips, std::int64_t panels, std::int64_t dim, std::int64_t width,
-                        std::int64_t scores) {
-    for (std::int64_t j = 0; j < width; j += kPanel<A>)
-      for (int s = 0; s < kStrips; ++s)
-        if (j >= seen_[s].begin && j < seen_[s].end)
-          score_panel(m_ + strips + s * kStrip * dim, m_ + panels + j * dim, dim, m_ + scores + s * kStrip * kTile + j,
-                      kTile);
-  }
-
-  // Row r of the block, whose masks are those of row `like`: its scores become P, and dP becomes dS.
-  void soften_backward(std::int64_t first, std::int64_t like, int r, std::int64_t tile) {
-    A *p = m_ + at_.weights + r * kTile, *ds = m_ + at_.grad_scores + r * kTile;
-    const auto [begin, end] = seen_[r / kStrip];
-    const std::int64_t padded = end > begin ? round_up(end, kPanel<A>) : begin;
-    if (end > begin) hide(p_, head_, first + like, tile, {begin, end}, padded, p);
-    const V lse(m_[at_.lse + r]), delta(m_[at_.delta + r]);
-    for (std::int64_t j = begin; j < padded; j += V::N) {
-      const V e = exp2_to_127(load(p + j) - lse);
-      store(p + j, e);
-      store(ds + j, e * (load(ds + j) - delta));
-    }
-    for (A* row : {p, ds}) {  // what was not computed, for the strips of keys that reach over it
-      std::fill(row, row + begin, A(0));
-      std::fill(row + padded, row + kTile, A(0));
-    }
-  }
-
-  // sums += scores^T rows, six keys at a time, over the strips of rows that see one of them.
-  void products_of_keys(std::int64_t scores, std::int64_t rows, std::int64_t columns, std::int64_t width,
-                        std::int64_t sums) {
-    for (std::int64_t c = 0; c < columns; c += kPanel<A>)
-      for (std::int64_t j = 0; j < width; j += kStrip) {
-        std::int64_t from = 0, to = kStrips;
-        while (from < to && seen_[from].end <= j) ++from;
-        while (from < to && seen_[to - 1].begin >= j + kStrip) --to;
-        if (from == to) continue;
-        from *= kStrip, to *= kStrip;
-        A* sum = m_ + sums + c * kTile + j * kPanel<A>;
-        Tile<A> acc;
-        load_tile(sum, kPanel<A>, acc);
-        multiply_add<1, kTile>(m_ + scores + from * kTile + j, m_ + rows + c * kRows + from * kPanel<A>, to - from,
-                               acc);
-        store_tile(sum, kPanel<A>, acc);
-      }
+    tile_.template run<false>(width, [&](int s, A* scores) {
+      const Range seen = tile_.seen[s];
+      for (std::int64_t r = 0; r < kStrip; ++r)  // rows beyond the last have its masks
+        hide(p_, head_, first + std::min(s * kStrip + r, count - 1), tile, seen, round_up(seen.end, kPanel<A>),
+             scores + r * kTile);
+    });
   }
 
   void store_rows(std::int64_t first, std::int64_t count) {
@@ -273,14 +232,8 @@ class Pair {
   A* const m_;
   Rows<const T> grad_out_{};
   Rows<A> grad_query_{}, grad_key_{}, grad_value_{};
-  Range seen_[kStrips];  // by each strip of rows, in keys of the tile
+  GradientTile<A, kTile, kStrips> tile_;
 };
-
-// Chunk `index` of `chunks` of [0, n), in whole multiples of `step`.
-Range chunk_of(std::int64_t n, std::int64_t chunks, std::int64_t index, std::int64_t step) {
-  const std::int64_t size = round_up((n + chunks - 1) / chunks, step);
-  return {std::min(n, index * size), std::min(n, (index + 1) * size)};
-}
 
 template <class T>
 void backward(const AttentionBackwardParams& p) {

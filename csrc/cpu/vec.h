@@ -90,6 +90,14 @@ inline Vec<double> min(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a.v,
 inline bool any_above(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline double first(Vec<double> a) { return _mm512_cvtsd_f64(a.v); }
 
+// Lane i is a's where bit i is set, else b's.
+inline Vec<float> choose(std::uint32_t bits, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v);
+}
+inline Vec<double> choose(std::uint32_t bits, Vec<double> a, Vec<double> b) {
+  return _mm512_mask_mov_pd(b.v, static_cast<__mmask8>(bits), a.v);
+}
+
 inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 
@@ -194,6 +202,18 @@ inline double first(Vec<double> a) { return _mm256_cvtsd_f64(a.v); }
 inline double sum(Vec<double> a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+
+// Lane i is a's where bit i is set, else b's.
+inline Vec<float> choose(std::uint32_t bits, Vec<float> a, Vec<float> b) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+  return _mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
+inline Vec<double> choose(std::uint32_t bits, Vec<double> a, Vec<double> b) {
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(bits), lane);
+  return _mm256_blendv_pd(b.v, a.v, _mm256_castsi256_pd(_mm256_cmpeq_epi64(set, lane)));
 }
 
 inline __m256i first8(int n) {

@@ -1,23 +1,16 @@
 """Block-sparse attention in plain PyTorch: dense attention under the pattern's mask."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import attention
 
 
-def dense(
-    full_offsets: Tensor,
-    full: Tensor,
-    partial_offsets: Tensor,
-    partial: Tensor,
-    masks: Tensor,
-    bits: Tensor,
-    block: int,
-    len_q: int,
-    len_k: int,
-) -> Tensor:
-    """True where a query sees a key, (H, Lq, Lk), from the lists of a SparsePattern."""
+def dense(lists: Sequence[Tensor], block: int, len_q: int, len_k: int) -> Tensor:
+    """True where a query sees a key, (H, Lq, Lk), from the fields of a SparsePattern's `lists`."""
+    full_offsets, full, partial_offsets, partial, masks, bits = lists
     heads, rows = full_offsets.shape[0], full_offsets.shape[1] - 1
     columns = -(-len_k // block)
     cells = torch.zeros(heads * rows, columns, block, block, dtype=torch.bool, device=full.device)

@@ -1,0 +1,117 @@
+// The five products of attention's backward for one block of rows and one tile of keys, and what both kernels do to the
+// rows beside them.
+//
+//   P = exp2(Q K^T - lse)      dP = dO V^T      dS = P (dP - delta)
+//   dQ = dS K                  dV += P^T dO     dK += dS^T Q
+#pragma once
+
+#include "attention_tiles.h"
+
+namespace qvl::cpu {
+
+template <class A>
+A dot(const A* a, const A* b, std::int64_t n) {
+  using V = Vec<A>;
+  V acc = V::zero();
+  std::int64_t i = 0;
+  for (; i + V::N <= n; i += V::N) acc = fma(load(a + i), load(b + i), acc);
+  if (const int rest = static_cast<int>(n - i); rest > 0) acc = fma(load(a + i, rest), load(b + i, rest), acc);
+  return sum(acc);
+}
+
+// kTile: keys between two rows of scores. Strips are [D][6]; panels are columns [panel][count][2 N], with the counts
+// below. All but the sums is packed by the caller.
+template <class A, int kTile, int kMaxStrips>
+struct GradientTile {
+  using V = Vec<A>;
+  static constexpr int kScores =
+      kMaxStrips * kStrip * kTile + kStrip;  // elements of `weights`; strips of keys reach over
+
+  std::int64_t dim, dim_v, columns, columns_v;         // D and Dv, and both rounded up to whole panels
+  std::int64_t row_count, key_count, sum_count;        // rows in a panel of Q and dO, of K, of dK and dV
+  const A *query_strips, *grad_strips, *query, *grad;  // the rows': Q scaled, dO; panels of Q, dO
+  const A *lse, *delta;                                // lse in base 2; infinity makes a row's P zero
+  A* grad_query;                                       // panels, dQ without the scale
+  const A *key_panels, *value_panels, *key;            // the tile's: K and V transposed, panels of K
+  A *grad_key, *grad_value;                            // panels, sums
+  A *weights, *grad_scores;                            // P and dS
+  int strips;
+  Range seen[kMaxStrips];  // the keys that some row of a strip sees, from a whole panel on
+
+  // hide(s, scores) hides what strip s does not see of [begin, round_up(end, panel)); `add`: dQ is added to.
+  template <bool kAdd, class Hide>
+  void run(std::int64_t width, const Hide& hide) {
+    products_of_rows(query_strips, key_panels, dim, width, weights);
+    products_of_rows(grad_strips, value_panels, dim_v, width, grad_scores);
+    for (int s = 0; s < strips; ++s) {
+      if (seen[s].end > seen[s].begin) hide(s, weights + s * kStrip * kTile);
+      for (int r = s * kStrip; r < (s + 1) * kStrip; ++r) soften_row(r, seen[s]);
+    }
+    for (std::int64_t c = 0; c < columns; c += kPanel<A>)
+      for (int s = 0; s < strips; ++s) {
+        const auto [begin, end] = seen[s];
+        if (kAdd && begin == end) continue;
+        A* const to = grad_query + c * row_count + s * kStrip * kPanel<A>;
+        Tile<A> acc;
+        if constexpr (kAdd)
+          load_tile(to, kPanel<A>, acc);
+        else
+          clear_tile<A>(acc);
+        multiply_add<kTile, 1>(grad_scores + s * kStrip * kTile + begin, key + c * key_count + begin * kPanel<A>,
+                               end - begin, acc);
+        store_tile(to, kPanel<A>, acc);
+      }
+    products_of_keys(weights, grad, columns_v, width, grad_value);
+    products_of_keys(grad_scores, query, columns, width, grad_key);
+  }
+
+ private:
+  // scores = strips . panels, where the strips see the keys.
+  void products_of_rows(const A* rows, const A* panels, std::int64_t n, std::int64_t width, A* scores) const {
+    for (std::int64_t j = 0; j < width; j += kPanel<A>)
+      for (int s = 0; s < strips; ++s)
+        if (j >= seen[s].begin && j < seen[s].end)
+          score_panel(rows + s * kStrip * n, panels + j * n, n, scores + s * kStrip * kTile + j, kTile);
+  }
+
+  // Row r's scores become P, and dP becomes dS.
+  void soften_row(int r, Range keys) const {
+    A *const p = weights + r * kTile, *const ds = grad_scores + r * kTile;
+    const std::int64_t begin = keys.begin, padded = keys.end > begin ? round_up(keys.end, kPanel<A>) : begin;
+    const V shift(lse[r]), mean(delta[r]);
+    for (std::int64_t j = begin; j < padded; j += V::N) {
+      const V e = exp2_to_127(load(p + j) - shift);
+      store(p + j, e);
+      store(ds + j, e * (load(ds + j) - mean));
+    }
+    for (A* row : {p, ds}) {  // what was not computed, for the strips of keys that reach over it
+      std::fill(row, row + begin, A(0));
+      std::fill(row + padded, row + kTile, A(0));
+    }
+  }
+
+  // sums += scores^T rows, six keys at a time, over the strips of rows that see one of them.
+  void products_of_keys(const A* scores, const A* rows, std::int64_t n, std::int64_t width, A* sums) const {
+    for (std::int64_t c = 0; c < n; c += kPanel<A>)
+      for (std::int64_t j = 0; j < width; j += kStrip) {
+        std::int64_t from = 0, to = strips;
+        while (from < to && seen[from].end <= j) ++from;
+        while (from < to && seen[to - 1].begin >= j + kStrip) --to;
+        if (from == to) continue;
+        from *= kStrip, to *= kStrip;
+        A* const sum = sums + c * sum_count + j * kPanel<A>;
+        Tile<A> acc;
+        load_tile(sum, kPanel<A>, acc);
+        multiply_add<1, kTile>(scores + from * kTile + j, rows + c * row_count + from * kPanel<A>, to - from, acc);
+        store_tile(sum, kPanel<A>, acc);
+      }
+  }
+};
+
+// Chunk `index` of `chunks` of [0, n), in whole multiples of `step`.
+inline Range chunk_of(std::int64_t n, std::int64_t chunks, std::int64_t index, std::int64_t step) {
+  const std::int64_t size = round_up((n + chunks - 1) / chunks, step);
+  return {std::min(n, index * size), std::min(n, (index + 1) * size)};
+}
+
+}  // namespace qvl::cpu

@@ -1,0 +1,247 @@
+// Attention over listed blocks, forward: the dense kernel's tiles (attention.cpp), gathered from a list.
+//
+// Regime: arithmetic (prompts). Per query row and listed key 2 (D + Dv) FLOPs. A block of queries is only 64 G rows,
+// too few to pay for packing its keys, so that they are packed once for all blocks of queries:
+//
+//   wave    as many KV heads as kWaveBytes of packed keys hold, at least one: scratch of 4 L (D + Dv) bytes a head.
+//           First all of the wave's listed keys are packed, then all its blocks of queries run
+//   rows    those of one query block and the heads that share its list, cut into chunks of 258 = 43 strips at most
+//   tile    192 keys, three cells of 64 from anywhere: what the strip sees of each goes to its row of scores one after
+//           the other, and from there on nothing knows of blocks; softmax and the strips' group are attention.cpp's
+//   mask    a word of bits for each row and cell (sparse_attention.h): panels that no row of a strip sees are left out,
+//           and only where a row does not see all are scores hidden
+//
+// Bytes: a chunk reads a listed cell once from L3 (64 KiB for D = 128, 64 keys) for 64 G rows: 2 G FLOPs a byte times
+// (D + Dv) / 4 ... at 90 GFLOP/s a thread that is below 3 GB/s.
+//
+// Source: Child et al., Generating long sequences with sparse transformers, 2019, section 5.5; Dao, FlashAttention-2,
+// 2023, section 3.1.
+
+#include "sparse_attention.h"
+
+#include "attention_sums.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace qvl::cpu {
+namespace {
+
+constexpr std::int64_t kWaveBytes = 4 << 20;
+constexpr int kMaxRows = 43 * kStrip;
+constexpr int kCells = kScoreRow / 32;
+
+// Scratch in elements of the compute type: which key blocks are listed, the wave's packed keys, then a part a thread.
+struct Layout {
+  std::int64_t dim, dim_v, columns, keys;  // D, Dv, Dv rounded up to whole panels, Lk to whole blocks
+  std::int64_t wave, listed, head_size;    // KV heads at once; elements of `listed`, of a head's packed keys
+  std::int64_t query, out, scores, top, total, thread_size;
+
+  Layout(const SparseAttentionParams& p, std::int64_t bytes, int panel)
+      : dim(p.attention.query.size[3]),
+        dim_v(p.attention.value.size[3]),
+        columns(round_up(dim_v, panel)),
+        keys(key_blocks(p) * p.block) {
+    const std::int64_t heads = p.attention.query.size[0] * p.attention.key.size[1];
+    listed = round_up(p.full_offsets.size[0] * key_blocks(p), 64);
+    head_size = keys * (dim + columns);
+    wave = std::clamp<std::int64_t>(kWaveBytes / std::max<std::int64_t>(head_size * bytes, 1), 1,
+                                    std::max<std::int64_t>(heads, 1));
+    std::int64_t at = 0;
+    const auto take = [&](std::int64_t n) {
+      const std::int64_t start = at;
+      at += round_up(n, 16);
+      return start;
+    };
+    query = take(kMaxRows * dim + kStripSlack);
+    out = take(kMaxRows * columns);
+    scores = take(kGroup * kStrip * kScoreRow);
+    top = take(kMaxRows);
+    total = take(kMaxRows * panel / 2);
+    thread_size = at;
+  }
+};
+
+// Rows [first, first + count) of one sharing, all of the query block that starts at position `block`.
+template <class T>
+class Chunk {
+ public:
+  using A = Acc<T>;
+
+  Chunk(const SparseAttentionParams& p, const Head<T>& head, const Layout& at, const A* packed, A* scratch)
+      : p_(p),
+        head_(head),
+        cell_(cell_of(p)),
+        keys_(packed),
+        values_(packed + at.keys * at.dim),
+        scores_(scratch + at.scores),
+        sums_{at.dim, at.columns, scratch + at.query, scratch + at.out, scratch + at.top, scratch + at.total} {}
+
+  void run(std::int64_t block, std::int64_t first, std::int64_t count) {
+    block_ = block * p_.block, first_ = first, count_ = count, strips_ = (count + kStrip - 1) / kStrip;
+    sums_.load_queries(head_, p_.attention.scale, first, count);
+    const Range seen{0, limit_of(p_.attention, head_, first + count - 1)};
+    for_cells(p_, head_.first_head, block, seen, [&](Cell cell) {
+      tile_[cells_++] = cell;
+      if (cells_ * cell_ == kScoreRow) add_tile();
+    });
+    add_tile();
+    sums_.write(head_, p_.attention.value.size[3], first, count);
+  }
+
+ private:
+  // What a strip sees of a cell: keys [begin, end), begin a whole panel; their scores start at column `at`.
+  struct Piece {
+    std::int64_t begin, end, at;
+    bool hides;
+  };
+
+  void add_tile() {
+    for (std::int64_t strip = 0; cells_ > 0 && strip < strips_; strip += kGroup)
+      add_group(strip, static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - strip)));
+    cells_ = 0;
+  }
+
+  void add_group(std::int64_t first_strip, int strips) {
+    for (int s = 0; s < strips; ++s) look(first_strip + s, s);
+    for (int c = 0; c < cells_; ++c)
+      for (std::int64_t j = 0; j < cell_; j += kPanel<A>)
+        for (int s = 0; s < strips; ++s) score(first_strip + s, s, c, j);
+    A shrink[kGroup * kStrip];
+    for (int s = 0; s < strips; ++s) {
+      if (width_[s] == 0) continue;
+      hide(s);
+      sums_.soften_strip(first_strip + s, {0, width_[s]}, row_of(s), shrink + s * kStrip, [&] {
+        for (int c = 0; c < cells_; ++c)
+          for (std::int64_t j = 0; j < cell_; j += kPanel<A>) score(first_strip + s, s, c, j);
+        hide(s);
+      });
+    }
+    for (std::int64_t column = 0; column < sums_.columns; column += kPanel<A>)
+      for (int s = 0; s < strips; ++s)
+        if (width_[s] > 0) add_values(s, column, shrink + s * kStrip, sums_.sums_of(first_strip + s, column));
+  }
+
+  void look(std::int64_t strip, int s) {
+    std::int64_t at = 0;
+    for (int c = 0; c < cells_; ++c) {
+      const Words& w = words_[s][c] = words_of(p_, head_, tile_[c], block_, first_ + strip * kStrip, first_ + count_);
+      const std::int64_t begin = w.begin() / kPanel<A> * kPanel<A>, padded = round_up(w.end(), kPanel<A>);
+      pieces_[s][c] = {begin, w.end(), at, !w.cover(begin, padded)};
+      at += padded - begin;
+    }
+    width_[s] = at;
+  }
+
+  A* row_of(int s) const { return scores_ + s * kStrip * kScoreRow; }
+
+  void score(std::int64_t strip, int s, int c, std::int64_t j) {
+    const Piece& piece = pieces_[s][c];
+    if (j < piece.begin || j >= piece.end) return;
+    sums_.score(strip, keys_ + (tile_[c].key + j) * sums_.dim, row_of(s) + piece.at + j - piece.begin);
+  }
+
+  void hide(int s) {
+    for (int c = 0; c < cells_; ++c) {
+      const Piece& piece = pieces_[s][c];
+      if (piece.hides && piece.end > 0)
+        hide_unseen(words_[s][c], piece.begin, round_up(piece.end, kPanel<A>), row_of(s) + piece.at, kScoreRow);
+    }
+  }
+
+  // o = o shrink + p v for one strip and one panel of columns.
+  void add_values(int s, std::int64_t column, const A* shrink, A* o) const {
+    Tile<A> acc;
+    Sums<A>::load_shrunk(o, shrink, acc);
+    for (int c = 0; c < cells_; ++c) {
+      const Piece& piece = pieces_[s][c];
+      const A* const values = values_ + tile_[c].key * sums_.columns + column * cell_ + piece.begin * kPanel<A>;
+      multiply_add<kScoreRow, 1>(row_of(s) + piece.at, values, piece.end - piece.begin, acc);
+    }
+    store_tile(o, kPanel<A>, acc);
+  }
+
+  const SparseAttentionParams& p_;
+  const Head<T>& head_;
+  const std::int64_t cell_;
+  const A *const keys_, *const values_;
+  A* const scores_;
+  Sums<A> sums_;
+  std::int64_t block_ = 0, first_ = 0, count_ = 0, strips_ = 0;
+  int cells_ = 0;
+  Cell tile_[kCells];
+  Words words_[kGroup][kCells];
+  Piece pieces_[kGroup][kCells];
+  std::int64_t width_[kGroup];
+};
+
+// listed[head * key blocks + j]: whether any query sees key block j.
+void mark_listed(const SparseAttentionParams& p, std::uint8_t* listed) {
+  const std::int64_t heads = p.full_offsets.size[0], columns = key_blocks(p);
+  std::fill_n(listed, heads * columns, std::uint8_t{0});
+  for (const auto& [offsets, blocks] : {std::pair(&p.full_offsets, &p.full), std::pair(&p.partial_offsets, &p.partial)})
+    for (std::int64_t head = 0; head < heads; ++head) {
+      const auto* const ends = offsets->as<std::int32_t>() + head * offsets->size[1];
+      for (std::int64_t i = ends[0]; i < ends[offsets->size[1] - 1]; ++i)
+        listed[head * columns + blocks->as<std::int32_t>()[i]] = 1;
+    }
+}
+
+template <class T>
+void forward(const SparseAttentionParams& p) {
+  using A = Acc<T>;
+  const AttentionParams& f = p.attention;
+  const Layout at(p, sizeof(A), kPanel<A>);
+  const Sharing sharing(p);
+  auto* const listed = f.scratch.as<std::uint8_t>();
+  A* const packed = reinterpret_cast<A*>(listed + at.listed);
+  A* const threads = packed + at.wave * at.head_size;
+  const std::int64_t workers =
+      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - listed)) / (at.thread_size * sizeof(A));
+  const std::int64_t kv_heads = f.query.size[0] * f.key.size[1], columns = key_blocks(p), cell = cell_of(p);
+  mark_listed(p, listed);
+  // Rows of a query block go in `chunks` parts of `size` rows.
+  const std::int64_t rows = p.block * sharing.heads, chunks = blocks_of(rows, kMaxRows);
+  const std::int64_t size = round_up(blocks_of(rows, chunks), kStrip);
+  const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
+  for (std::int64_t wave = 0; wave < kv_heads; wave += at.wave) {
+    const std::int64_t heads = std::min(at.wave, kv_heads - wave);
+    parallel_tasks(heads * columns, heads * at.head_size, workers, [&](std::int64_t task, std::int64_t) {
+      const std::int64_t head = task / columns, block = task % columns, kv_head = wave + head;
+      bool any = false;
+      for (std::int64_t i = 0; i < sharing.count; ++i) {
+        const std::int64_t query_head = kv_head % f.key.size[1] * sharing.count * sharing.heads + i;
+        any |= listed[(p.full_offsets.size[0] == 1 ? 0 : query_head) * columns + block] != 0;
+      }
+      if (!any) return;
+      const Head<T> keys = head_of<T>(p, sharing, kv_head, 0);
+      A *const to = packed + head * at.head_size, *const values = to + at.keys * at.dim;
+      for (std::int64_t key = block * p.block; key < std::min((block + 1) * p.block, keys.len_k); key += cell)
+        pack_cell(keys, key, cell, at.dim, at.dim_v, to + key * at.dim, values + key * at.columns);
+    });
+    const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
+    parallel_tasks(heads * of_head, work, workers, [&](std::int64_t task, std::int64_t worker) {
+      const std::int64_t head = task / of_head, block = task / chunks % query_blocks(p);
+      const Head<T> rows_of = head_of<T>(p, sharing, wave + head, task % of_head / (query_blocks(p) * chunks));
+      const std::int64_t begin = block * rows + task % chunks * size;
+      const std::int64_t end = std::min({begin + size, (block + 1) * rows, rows_of.rows()});
+      if (begin >= end) return;
+      Chunk<T>(p, rows_of, at, packed + head * at.head_size, threads + worker * at.thread_size)
+          .run(block, begin, end - begin);
+    });
+  }
+}
+
+}  // namespace
+
+std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std::int64_t threads) {
+  const bool wide = p.attention.query.dtype == DType::f64;
+  const std::int64_t bytes = wide ? 8 : 4;
+  const Layout at(p, bytes, wide ? kPanel<double> : kPanel<float>);
+  return at.listed + (at.wave * at.head_size + threads * at.thread_size) * bytes;
+}
+
+void sparse_attention(const SparseAttentionParams& p) {
+  with_storage_type(p.attention.query.dtype, [&](auto t) { forward<decltype(t)>(p); });
+}
+
+}  // namespace qvl::cpu
