@@ -59,6 +59,10 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     torch.Size([1, 4, 3, 8])
     """
+    if mask is key_lengths is key_scale is value_scale is window is None and (first := softmax_attention.preferred()):
+        out = first.plain(query, key, value, causal, scale)
+        if out is not None:
+            return out
     op = "attention"
     if key_scale is None and value_scale is None:
         _checks.floating(op, query=query, key=key, value=value)
