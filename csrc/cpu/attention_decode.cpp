@@ -237,8 +237,10 @@ void decode(const AttentionParams& p) {
 
 }  // namespace
 
+// Measured: for 8 rows and up to 32 keys, 16 rows and up to 160, packed tiles take 0.5 to 0.9 of the time.
 bool is_decode(const AttentionParams& p) {
-  return p.offsets_q.data == nullptr && p.query.size[2] * (p.query.size[1] / p.key.size[1]) <= kMaxRows;
+  const std::int64_t rows = p.query.size[2] * (p.query.size[1] / p.key.size[1]);
+  return p.offsets_q.data == nullptr && rows <= kMaxRows && p.key.size[2] > 16 * (rows - 6);
 }
 
 std::int64_t attention_decode_scratch_bytes(const AttentionParams& p) {
