@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "checks.h"
@@ -60,9 +61,7 @@ void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, co
   cpu::rms_norm_backward(p);
 }
 
-bool unit_stride(const TensorView& t) {
-  return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0;
-}
+bool unit_stride(const TensorView& t) { return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0; }
 
 bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
@@ -80,16 +79,36 @@ void check_offsets(const TensorView& offsets_q, const TensorView& offsets_k, con
 }
 
 // What forward and backward have in common, checked. `options` are qvl_kernels._attention.Options.
+// qvl_kernels._attention.Options.
+struct AttentionOptions {
+  double scale;
+  bool causal;
+  std::int64_t left = -1, right = -1;
+  Optional mask, key_lengths, offsets_q, offsets_k, key_scale, value_scale;
+
+  AttentionOptions(double s, bool c) : scale(s), causal(c) {}
+  explicit AttentionOptions(const py::tuple& options)
+      : scale(options[0].cast<double>()),
+        causal(options[1].cast<bool>()),
+        left(options[2].cast<std::int64_t>()),
+        right(options[3].cast<std::int64_t>()),
+        mask(options[4].cast<Optional>()),
+        key_lengths(options[5].cast<Optional>()),
+        offsets_q(options[6].cast<Optional>()),
+        offsets_k(options[7].cast<Optional>()),
+        key_scale(options[8].cast<Optional>()),
+        value_scale(options[9].cast<Optional>()) {}
+};
+
+// What forward and backward have in common, checked.
 AttentionParams attention_params(const TensorView& query, const TensorView& key, const TensorView& value,
                                  const TensorView& out, const Optional& lse, const TensorView& scratch,
-                                 const py::tuple& options) {
+                                 const AttentionOptions& options) {
   AttentionParams p{};
   p.query = query, p.key = key, p.value = value, p.out = out, p.scratch = scratch;
-  p.scale = options[0].cast<double>(), p.causal = options[1].cast<bool>();
-  p.left = options[2].cast<std::int64_t>(), p.right = options[3].cast<std::int64_t>();
-  const auto optional = [&](std::size_t i) { return options[i].cast<Optional>(); };
-  const Optional mask = optional(4), key_lengths = optional(5), offsets_q = optional(6), offsets_k = optional(7);
-  const Optional key_scale = optional(8), value_scale = optional(9);
+  p.scale = options.scale, p.causal = options.causal, p.left = options.left, p.right = options.right;
+  const auto& [mask, key_lengths, offsets_q, offsets_k, key_scale, value_scale] = std::tie(
+      options.mask, options.key_lengths, options.offsets_q, options.offsets_k, options.key_scale, options.value_scale);
   require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "attention: tensors");
   const std::int64_t batch = query.size[0], heads = query.size[1], len_q = query.size[2], dim = query.size[3];
   const std::int64_t kv_heads = key.size[1], len_k = key.size[2], dim_v = value.size[3];
@@ -137,12 +156,10 @@ AttentionParams attention_params(const TensorView& query, const TensorView& key,
 
 std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
 
-// Both answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
-std::int64_t attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-                       const Optional& lse, const TensorView& scratch, const py::tuple& options) {
-  const AttentionParams p = attention_params(query, key, value, out, lse, scratch, options);
+// All answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
+std::int64_t run_attention(const AttentionParams& p) {
   const std::int64_t needed = cpu::attention_scratch_bytes(p, threads());
-  if (needed > scratch.numel()) return needed;
+  if (needed > p.scratch.numel()) return needed;
   py::gil_scoped_release release;
   cpu::attention(p);
   return 0;
@@ -153,12 +170,30 @@ bool beside(const TensorView& grad, const TensorView& of, DType dtype) {
          unit_stride(grad);
 }
 
+std::int64_t attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
+                       const Optional& lse, const TensorView& scratch, const py::tuple& options) {
+  const AttentionParams p = attention_params(query, key, value, out, lse, scratch, AttentionOptions(options));
+  return run_attention(p);
+}
+
+// A call without options, or -1 where a tensor is not as it must be: the caller then finds out what to say.
+std::int64_t attention_plain(const TensorView& query, const TensorView& key, const TensorView& value,
+                             const TensorView& out, const TensorView& scratch, bool causal, double scale) {
+  AttentionParams p{};
+  try {
+    p = attention_params(query, key, value, out, std::nullopt, scratch, AttentionOptions(scale, causal));
+  } catch (const std::invalid_argument&) {
+    return -1;
+  }
+  return run_attention(p);
+}
+
 std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
                                 const TensorView& grad_value, const TensorView& query, const TensorView& key,
                                 const TensorView& value, const TensorView& out, const TensorView& lse,
                                 const TensorView& scratch, const py::tuple& options) {
-  AttentionBackwardParams p{attention_params(query, key, value, out, lse, scratch, options), grad_out, grad_query,
-                            grad_key, grad_value};
+  AttentionBackwardParams p{attention_params(query, key, value, out, lse, scratch, AttentionOptions(options)), grad_out,
+                            grad_query, grad_key, grad_value};
   require(p.forward.key_scale.data == nullptr, "attention_backward: int8");
   const DType wide = compute_type(query.dtype);
   require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
@@ -337,8 +372,7 @@ void check_lists(const TensorView& offsets, const TensorView& blocks, std::int64
 SparseAttentionParams sparse_params(const TensorView& query, const TensorView& key, const TensorView& value,
                                     const TensorView& out, const Optional& lse, const TensorView& scratch,
                                     const py::tuple& blocks) {
-  const py::none none;
-  const py::tuple options = py::make_tuple(blocks[8], blocks[9], -1, -1, none, none, none, none, none, none);
+  const AttentionOptions options(blocks[8].cast<double>(), blocks[9].cast<bool>());
   SparseAttentionParams p{attention_params(query, key, value, out, lse, scratch, options)};
   TensorView* const lists[] = {&p.full_offsets, &p.full, &p.partial_offsets, &p.partial, &p.masks, &p.bits};
   for (std::size_t i = 0; i < 6; ++i) *lists[i] = blocks[i].cast<TensorView>();
@@ -411,6 +445,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("rms_norm", &qvl::rms_norm);
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
   m.def("attention", &qvl::attention);
+  m.def("attention_plain", &qvl::attention_plain);
   m.def("attention_backward", &qvl::attention_backward);
   m.def("linear_attention", &qvl::linear_attention);
   m.def("linear_attention_backward", &qvl::linear_attention_backward);

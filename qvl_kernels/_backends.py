@@ -63,6 +63,13 @@ class Operation:
             self.last_refusal = refusal
         raise RuntimeError(f"{self.name}: no backend runs this call: {self.refusals(*arguments)}")
 
+    def preferred(self) -> Any:
+        """The implementation that `choose` asks first, or None where it would raise."""
+        if _forced is None:
+            return self._usable[0]
+        forced = self.implementations.get(_forced)
+        return forced if forced in self._usable else None
+
     def _forced_implementation(self, backend: str, *arguments: Any) -> Any:
         if backend not in self.implementations:
             having = ", ".join(self.implementations)

@@ -49,6 +49,10 @@ def attention(
     Returns:
         (B, Hq, Lq, Dv) in query's dtype. A query that sees no key gives zeros, and zero gradients.
 
+    With int8 keys and up to 16 query rows for each of its heads the CPU kernels round a query q' = scale q to 15 bits,
+    |error of a score| <= max|q'| |k|_1 / 65534: a 256th of what the rounding of the keys may do for a query and key of
+    even size. An output then moves by at most (exp(2 error) - 1) max|v|.
+
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.
 
@@ -59,6 +63,10 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     torch.Size([1, 4, 3, 8])
     """
+    if mask is key_lengths is key_scale is value_scale is window is None and (first := softmax_attention.preferred()):
+        out = first.plain(query, key, value, causal, scale)
+        if out is not None:
+            return out
     op = "attention"
     if key_scale is None and value_scale is None:
         _checks.floating(op, query=query, key=key, value=value)

@@ -54,6 +54,10 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, q, q, is_causal=True).shape
     torch.Size([1, 2, 3, 8])
     """
+    if attn_mask is None and dropout_p == 0.0 and (first := _scaled_dot_product_attention.preferred()):
+        out = first.plain(query, key, value, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
     call = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     return _scaled_dot_product_attention.choose(*call).forward(*call)
 
@@ -86,6 +90,15 @@ class _Native:
             return "attn_mask does not broadcast, or is neither bool nor of query's dtype"
         return self._attention.supports(query, key, value, attn_mask)
 
+    def plain(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    ) -> Tensor | None:
+        if not query.ndim == key.ndim == 4 or (is_causal and query.shape[2] != key.shape[2]):
+            return None
+        if not enable_gqa and query.shape[1] != key.shape[1]:
+            return None
+        return self._attention.plain(query, key, value, is_causal, scale)
+
     def forward(
         self,
         query: Tensor,
@@ -108,6 +121,9 @@ class _Torch:
     """torch's own function."""
 
     def supports(self, *arguments: Any) -> str | None:
+        return None
+
+    def plain(self, *arguments: Any) -> Tensor | None:
         return None
 
     def forward(

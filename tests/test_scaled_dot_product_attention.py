@@ -102,8 +102,18 @@ def count_calls(monkeypatch) -> list[int]:
     from qvl_kernels._attention import Native
 
     calls: list[int] = []
-    original = Native.forward
-    monkeypatch.setattr(Native, "forward", lambda self, *arguments: (calls.append(1), original(self, *arguments))[1])
+
+    def counting(original):
+        def run(self, *arguments):
+            out = original(self, *arguments)
+            if out is not None:
+                calls.append(1)
+            return out
+
+        return run
+
+    for name in ("plain", "forward"):
+        monkeypatch.setattr(Native, name, counting(getattr(Native, name)))
     return calls
 
 

@@ -50,6 +50,7 @@ struct Head {
   std::int64_t rows() const { return len_q * group; }
   std::int64_t position(std::int64_t row) const { return len_k - len_q + row / group; }
   const T* query_of(std::int64_t row) const { return query + row / group * query_row + row % group * query_head; }
+  T* out_of(std::int64_t row) const { return out + row / group * out_row + row % group * out_head; }
 };
 
 struct Range {
@@ -166,19 +167,24 @@ A soften(A* scores, std::int64_t begin, std::int64_t padded, A& top, A& total) {
   return shrink;
 }
 
+// The log-sum-exp of row `row`, where the caller wants it.
+template <class T, class S>
+void write_lse(const Head<T, S>& head, std::int64_t row, Acc<T> top, Acc<T> total) {
+  if (head.lse != nullptr)
+    head.lse[row % head.group * head.lse_head + row / head.group] = top * static_cast<Acc<T>>(kLn2) + std::log(total);
+}
+
 // out = o / total for row `row`, and its log-sum-exp; zeros where the row saw no key.
 template <class T, class S>
 void write_row(const Head<T, S>& head, std::int64_t row, std::int64_t dim_v, const Acc<T>* o, Acc<T> top,
                Acc<T> total) {
   using V = Vec<Acc<T>>;
-  const std::int64_t query = row / head.group, of_group = row % head.group;
   const V inverse(total == 0 ? Acc<T>(0) : 1 / total);
-  T* to = head.out + query * head.out_row + of_group * head.out_head;
+  T* to = head.out_of(row);
   std::int64_t c = 0;
   for (; c + V::N <= dim_v; c += V::N) store(to + c, load(o + c) * inverse);
   if (const int rest = static_cast<int>(dim_v - c); rest > 0) store(to + c, load(o + c, rest) * inverse, rest);
-  if (head.lse != nullptr)
-    head.lse[of_group * head.lse_head + query] = top * static_cast<Acc<T>>(kLn2) + std::log(total);
+  write_lse(head, row, top, total);
 }
 
 }  // namespace qvl::cpu

@@ -4,7 +4,7 @@
 // vectors: 12 accumulators hide the latency of 4 x 2 FMAs, and 2 loads and 6 broadcasts feed 12 of them.
 //
 //   product         a                      stride of r, k    b
-//   S = Q K^T       strip of Q, [D][6]     1, 6              panel of keys, [D][2 N]
+//   S = Q K^T       rows of Q, or strip    D, 1 or 1, 6      panel of keys, [D][2 N]
 //   O += P V        six rows of P          tile, 1           panel of V's columns, [tile][2 N]
 //   dV += P^T dO    six columns of P       1, tile           panel of dO's columns, [rows][2 N]
 //
@@ -80,6 +80,58 @@ template <int Row, int Step, class A>
   }
 }
 
+// acc[r][w] += sum over k < count of a[r row + k] panel[k][w]: rows in place, a run-time stride apart.
+template <class A>
+[[gnu::always_inline]] inline void multiply_add_rows(const A* a, std::int64_t row, const A* panel, std::int64_t count,
+                                                     Tile<A>& acc) {
+  using V = Vec<A>;
+  const A* const middle = a + 3 * row;
+  std::int64_t k = 0;
+  const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
+    const V b0 = load(panel + i * kPanel<A>), b1 = load(panel + i * kPanel<A> + V::N);
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r) {
+      const V x((r < 3 ? a : middle)[r % 3 * row + i]);
+      acc[r][0] = fma(x, b0, acc[r][0]);
+      acc[r][1] = fma(x, b1, acc[r][1]);
+    }
+  };
+  for (; k + 2 <= count; k += 2) step(k), step(k + 1);
+  if (k < count) step(k);
+}
+
+// The same for the first vector of the panel alone: even and odd k have sums of their own, which hides the latency.
+template <class A>
+[[gnu::always_inline]] inline void multiply_add_half(const A* a, std::int64_t row, const A* panel, std::int64_t count,
+                                                     Tile<A>& acc) {
+  using V = Vec<A>;
+  const A* const middle = a + 3 * row;
+  std::int64_t k = 0;
+  const auto step = [&](std::int64_t i, int odd) __attribute__((always_inline)) {
+    const V b = load(panel + i * kPanel<A>);
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r) acc[r][odd] = fma(V((r < 3 ? a : middle)[r % 3 * row + i]), b, acc[r][odd]);
+  };
+  for (; k + 2 <= count; k += 2) step(k, 0), step(k + 1, 1);
+  if (k < count) step(k, 0);
+}
+
+// Six rows in place, `a` apart, against the first `keys` of one panel: s[r * row + j] = a[r] . panel[j].
+template <class A>
+void score_rows(const A* a, std::int64_t a_row, const A* panel, std::int64_t dim, std::int64_t keys, A* s,
+                std::int64_t row) {
+  Tile<A> acc;
+  clear_tile<A>(acc);
+  if (keys > Vec<A>::N) {
+    multiply_add_rows(a, a_row, panel, dim, acc);
+    store_tile(s, row, acc);
+    return;
+  }
+  multiply_add_half(a, a_row, panel, dim, acc);
+#pragma GCC unroll 6
+  for (int r = 0; r < kStrip; ++r) store(s + r * row, acc[r][0] + acc[r][1]);
+}
+
 // One strip against one panel: s[r * row + j] = strip[r] . panel[j].
 template <class A>
 void score_panel(const A* strip, const A* panel, std::int64_t dim, A* s, std::int64_t row) {
@@ -95,6 +147,14 @@ void multiply(A* row, Vec<A> by, std::int64_t n) {
   std::int64_t i = 0;
   for (; i + Vec<A>::N <= n; i += Vec<A>::N) store(row + i, load(row + i) * by);
   if (const int rest = static_cast<int>(n - i); rest > 0) store(row + i, load(row + i, rest) * by, rest);
+}
+
+// to[i] = by * from[i]
+template <class S, class A>
+void widen_scaled(const S* from, std::int64_t n, Vec<A> by, A* to) {
+  std::int64_t i = 0;
+  for (; i + Vec<A>::N <= n; i += Vec<A>::N) store(to + i, load(from + i) * by);
+  if (const int rest = static_cast<int>(n - i); rest > 0) store(to + i, load(from + i, rest) * by, rest);
 }
 
 // A row to place k of its column panels [panel][count][2 N], zeros beyond `dim`.
@@ -143,6 +203,11 @@ void pack_transposed(const S* from, std::int64_t row, std::int64_t rows, std::in
                      const A* scale = nullptr, std::int64_t scale_row = 0) {
   A wide[8][kMaxDim];
   for (std::int64_t j = 0; j < round_up(rows, kPanel<A>); j += 8) {
+    A* const panel = to + j / kPanel<A> * kPanel<A> * dim + j % kPanel<A>;
+    if (j >= rows) {
+      for (std::int64_t d = 0; d < dim; ++d) std::fill_n(panel + d * kPanel<A>, 8, A(0));
+      continue;
+    }
     const A* eight[8];
     for (int i = 0; i < 8; ++i) {
       eight[i] = wide[i];
@@ -155,7 +220,7 @@ void pack_transposed(const S* from, std::int64_t row, std::int64_t rows, std::in
         if (scale != nullptr) multiply(wide[i], Vec<A>(scale[(j + i) * scale_row]), dim);
       }
     }
-    transpose_eight(eight, dim, to + j / kPanel<A> * kPanel<A> * dim + j % kPanel<A>, kPanel<A>);
+    transpose_eight(eight, dim, panel, kPanel<A>);
   }
 }
 
