@@ -10,6 +10,7 @@ from .attention_varlen import attention_varlen
 from .gelu_tanh import gelu_tanh
 from .layer_norm import layer_norm
 from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
+from .norm_rotary import norm_rotary
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "gelu_tanh",
     "layer_norm",
+    "norm_rotary",
     "pack_linear",
     "packed_linear",
     "quantize_kv",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _backends, _checks
+from ._native import CPU, Native
+from ._tensors import empty_rows, unit_stride
 from .reference import gelu_tanh as reference
 
 
@@ -26,7 +28,17 @@ def gelu_tanh(x: Tensor) -> Tensor:
     [0.0, 0.0, 0.0]
     """
     _checks.floating("gelu_tanh", x=x)
-    return _gelu_tanh.choose().forward(x)
+    return _gelu_tanh.choose(x).forward(x)
 
 
-_gelu_tanh = _backends.Operation("gelu_tanh", {"reference": _backends.Reference(reference.forward)})
+class _Native(Native):
+    def forward(self, x: Tensor) -> Tensor:
+        x = unit_stride(x)
+        y = empty_rows(x)
+        self.module.gelu_tanh(x, y)
+        return y
+
+
+_gelu_tanh = _backends.Operation(
+    "gelu_tanh", {**{name: _Native(name) for name in CPU}, "reference": _backends.Reference(reference.forward)}
+)

@@ -25,6 +25,7 @@ OPERATIONS = [
     "scaled_dot_product_attention",
     "layer_norm",
     "rotary",
+    "norm_rotary",
     "swiglu",
     "gelu_tanh",
     "pack_linear",
