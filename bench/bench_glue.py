@@ -22,7 +22,6 @@ from qvl_kernels.reference import norm_rotary as norm_rotary_reference
 from qvl_kernels.reference import rotary as rotary_reference
 from qvl_kernels.reference import swiglu as swiglu_reference
 
-
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ROWS = pytest.mark.parametrize("rows", [1, 512, 1024])

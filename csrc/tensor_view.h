@@ -179,12 +179,20 @@ struct type_caster<qvl::TensorView> {
     value.data = PyLong_AsVoidPtr(pointer.ptr());
     value.ndim = static_cast<std::int32_t>(ndim);
     value.device = static_cast<std::int32_t>(PyLong_AsLong(device.ptr()));
+    if (value.device < 0 && !is_on_cpu(src)) throw std::invalid_argument("a tensor is neither on the CPU nor on a GPU");
     value.dtype = qvl::DTypeTable::instance().find(dtype.ptr());
     for (Py_ssize_t i = 0; i < ndim; ++i) {
       value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
       value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
     }
     return true;
+  }
+
+ private:
+  static bool is_on_cpu(handle tensor) {  // a "meta" tensor's get_device() is -1 too, and it has no data
+    const auto answer = reinterpret_steal<object>(PyObject_GetAttrString(tensor.ptr(), "is_cpu"));
+    if (!answer) throw error_already_set();
+    return answer.ptr() == Py_True;
   }
 };
 

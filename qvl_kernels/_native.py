@@ -15,7 +15,8 @@ CPU = ("cpu_avx512", "cpu_avx2")
 
 
 class Native:
-    """One ISA of one operation. Subclasses add `forward`."""
+    """One ISA of one operation. Subclasses add `forward`, and `run_unchecked` for `Operation.quick`: the same for
+    tensors that have the layout already."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -24,6 +25,8 @@ class Native:
         first = tensors[0]
         if first is not None and not first.is_cpu:
             return f"the tensors are on {first.device}"
+        if first is not None and first.ndim > 6:
+            return f"the tensors have {first.ndim} dimensions, more than 6"
         if not _library.needs_dispatcher(*tensors):
             return None
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
 from ._native import CPU, Native
 from ._tensors import empty_rows, unit_stride
 from .reference import layer_norm as reference
@@ -46,6 +46,12 @@ def layer_norm(
     torch.Size([2, 8])
     """
     op = "layer_norm"
+    if (quick := _layer_norm.quick()) is not None and _library.is_plain(x, weight, bias, residual):
+        try:
+            y, hidden = quick.run_unchecked(x, weight, bias, eps, residual)
+            return y if residual is None else (y, hidden)
+        except (TypeError, ValueError):
+            pass
     _checks.floating(op, x=x, weight=weight, bias=bias, residual=residual)
     channels = _checks.channels(op, "x", x)
     _checks.shape(op, "weight", weight, "(C,)", (channels,))
@@ -60,14 +66,16 @@ class _Native(Native):
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x = unit_stride(x)
-        y, hidden = empty_rows(x), x
-        if residual is None:
-            self.module.layer_norm(x, None, weight.contiguous(), bias.contiguous(), y, None, eps)
-        else:
-            residual, hidden = unit_stride(residual), torch.empty_like(y)
-            self.module.layer_norm(x, residual, weight.contiguous(), bias.contiguous(), y, hidden, eps)
-        return y, hidden
+        residual = None if residual is None else unit_stride(residual)
+        return self.run_unchecked(unit_stride(x), weight.contiguous(), bias.contiguous(), eps, residual)
+
+    def run_unchecked(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y = empty_rows(x)
+        hidden = None if residual is None else torch.empty_like(y)
+        self.module.layer_norm(x, residual, weight, bias, y, hidden, eps)
+        return y, x if hidden is None else hidden
 
 
 _layer_norm = _backends.Operation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
 from ._native import CPU
 from ._tensors import empty_as_laid_out, unit_stride
 from .rms_norm import rms_norm
@@ -54,6 +54,12 @@ def norm_rotary(
     True
     """
     op = "norm_rotary"
+    quick = _norm_rotary.quick()
+    if quick is not None and _library.is_plain(query, key, query_weight, key_weight, cos, sin, key_out):
+        try:
+            return quick.run_unchecked(query, key, (query_weight, key_weight), eps, (cos, sin), key_out)
+        except (TypeError, ValueError):
+            pass
     _checks.floating(op, query=query, key=key, query_weight=query_weight, key_weight=key_weight, key_out=key_out)
     _checks.shape(op, "query", query, "(B, Hq, L, D)", (None, None, None, None))
     batch, _, length, dim = query.shape
@@ -84,13 +90,23 @@ class _Native(Rotating):
         angles: tuple[Tensor, Tensor],
         key_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        query, key = unit_stride(query), unit_stride(key)
-        cos, sin = unit_stride(angles[0]), unit_stride(angles[1])
+        weights = weights[0].contiguous(), weights[1].contiguous()
+        angles = unit_stride(angles[0]), unit_stride(angles[1])
+        return self.run_unchecked(unit_stride(query), unit_stride(key), weights, eps, angles, key_out)
+
+    def run_unchecked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        weights: tuple[Tensor, Tensor],
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        key_out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         query_out = empty_as_laid_out(query)
         if key_out is None:
             key_out = empty_as_laid_out(key)
-        weight, key_weight = weights[0].contiguous(), weights[1].contiguous()
-        self.module.rotary(query, key, weight, key_weight, cos, sin, query_out, key_out, eps)
+        self.module.norm_rotary(query, key, *weights, *angles, query_out, key_out, eps)
         return query_out, key_out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
 from ._native import CPU, Native
 from ._tensors import compute_dtype, empty_as_laid_out, unit_stride
 from .reference import rotary as reference
@@ -34,6 +34,11 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     torch.Size([1, 2, 3, 8])
     """
     op = "rotary"
+    if (quick := _rotary.quick()) is not None and _library.is_plain(query, key, cos, sin):
+        try:
+            return quick.run_unchecked(query, key, cos, sin)
+        except (TypeError, ValueError):
+            pass
     _checks.floating(op, query=query, key=key)
     dim = _checks.channels(op, "query", query)
     if dim % 2:
@@ -66,9 +71,11 @@ class Rotating(Native):
 
 class _Native(Rotating):
     def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        query, key, cos, sin = unit_stride(query), unit_stride(key), unit_stride(cos), unit_stride(sin)
+        return self.run_unchecked(unit_stride(query), unit_stride(key), unit_stride(cos), unit_stride(sin))
+
+    def run_unchecked(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         query_out, key_out = empty_as_laid_out(query), empty_as_laid_out(key)
-        self.module.rotary(query, key, None, None, cos, sin, query_out, key_out, 0.0)
+        self.module.rotary(query, key, cos, sin, query_out, key_out)
         return query_out, key_out
 
 

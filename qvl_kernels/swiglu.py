@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
 from ._native import CPU, Native
 from ._tensors import empty_rows, unit_stride
 from .reference import swiglu as reference
@@ -29,6 +29,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     >>> swiglu(torch.zeros(2, 3), torch.ones(2, 3)).sum().item()
     0.0
     """
+    if (quick := _swiglu.quick()) is not None and _library.is_plain(gate, up):
+        try:
+            return quick.run_unchecked(gate, up)
+        except (TypeError, ValueError):
+            pass
     _checks.floating("swiglu", gate=gate, up=up)
     if gate.shape != up.shape:
         _checks.shape("swiglu", "up", up, "gate's", tuple(gate.shape))
@@ -37,7 +42,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 class _Native(Native):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = unit_stride(gate), unit_stride(up)
+        return self.run_unchecked(unit_stride(gate), unit_stride(up))
+
+    def run_unchecked(self, gate: Tensor, up: Tensor) -> Tensor:
         y = empty_rows(gate)
         self.module.swiglu(gate, up, y)
         return y
