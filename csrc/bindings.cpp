@@ -26,13 +26,13 @@ using Optional = std::optional<TensorView>;
 void rms_norm(const TensorView& x, const Optional& residual, const TensorView& weight, const TensorView& y,
               const Optional& hidden, const Optional& rstd, double eps) {
   RmsNormParams p{};
-  require(x.device < 0 && is_float(x.dtype) && weight.ndim == 1, "rms_norm: dtype");
+  require(x.device < 0 && is_float(x.dtype) && weight.ndim == 1 && x.ndim > 0, "rms_norm: dtype");
   require(residual.has_value() == hidden.has_value(), "rms_norm: residual needs hidden");
   p.x = rows_of(x, x, "rms_norm: x");
   p.weight = contiguous(weight, x.size[x.ndim - 1], x.dtype, x, "rms_norm: weight");
   p.y = contiguous(y, x.numel(), x.dtype, x, "rms_norm: y");
   if (residual) {
-    p.residual = rows_of(*residual, x, "rms_norm: residual");
+    p.residual = same_shape(*residual, x, "rms_norm: residual");
     p.hidden = contiguous(*hidden, x.numel(), x.dtype, x, "rms_norm: hidden");
   }
   if (rstd) p.rstd = contiguous(*rstd, row_count(x), compute_type(x.dtype), x, "rms_norm: rstd");
@@ -422,6 +422,76 @@ std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorV
   return 0;
 }
 
+void layer_norm(const TensorView& x, const Optional& residual, const TensorView& weight, const TensorView& bias,
+                const TensorView& y, const Optional& hidden, double eps) {
+  LayerNormParams p{};
+  require(x.device < 0 && is_float(x.dtype) && weight.ndim == 1 && bias.ndim == 1 && x.ndim > 0, "layer_norm: dtype");
+  require(residual.has_value() == hidden.has_value(), "layer_norm: residual needs hidden");
+  p.x = rows_of(x, x, "layer_norm: x");
+  p.weight = contiguous(weight, x.size[x.ndim - 1], x.dtype, x, "layer_norm: weight");
+  p.bias = contiguous(bias, x.size[x.ndim - 1], x.dtype, x, "layer_norm: bias");
+  p.y = same_shape(y, x, "layer_norm: y");
+  if (residual) {
+    p.residual = same_shape(*residual, x, "layer_norm: residual");
+    p.hidden = same_shape(*hidden, x, "layer_norm: hidden");
+  }
+  p.eps = eps;
+  py::gil_scoped_release release;
+  cpu::layer_norm(p);
+}
+
+RotaryParams rotary_params(const TensorView& query, const TensorView& key, const TensorView& cos, const TensorView& sin,
+                           const TensorView& query_out, const TensorView& key_out) {
+  RotaryParams p{};
+  require(query.device < 0 && is_float(query.dtype) && query.ndim > 0 && key.ndim > 0, "rotary: dtype");
+  const std::int64_t dim = query.size[query.ndim - 1];
+  require(dim % 2 == 0 && key.size[key.ndim - 1] == dim && key.device < 0 && key.dtype == query.dtype, "rotary: key");
+  p.query = same_shape(query, query, "rotary: query"), p.query_out = same_shape(query_out, query, "rotary: query_out");
+  p.key = same_shape(key, key, "rotary: key"), p.key_out = same_shape(key_out, key, "rotary: key_out");
+  p.query_cos = broadcast(cos, query, "rotary: cos"), p.query_sin = broadcast(sin, query, "rotary: sin");
+  p.key_cos = broadcast(cos, key, "rotary: cos"), p.key_sin = broadcast(sin, key, "rotary: sin");
+  return p;
+}
+
+void rotary(const TensorView& query, const TensorView& key, const TensorView& cos, const TensorView& sin,
+            const TensorView& query_out, const TensorView& key_out) {
+  const RotaryParams p = rotary_params(query, key, cos, sin, query_out, key_out);
+  py::gil_scoped_release release;
+  cpu::rotary(p);
+}
+
+void norm_rotary(const TensorView& query, const TensorView& key, const TensorView& query_weight,
+                 const TensorView& key_weight, const TensorView& cos, const TensorView& sin,
+                 const TensorView& query_out, const TensorView& key_out, double eps) {
+  RotaryParams p = rotary_params(query, key, cos, sin, query_out, key_out);
+  require(query.ndim == 4 && key.ndim == 4 && key.size[0] == query.size[0] && key.size[2] == query.size[2],
+          "norm_rotary: key");
+  for (const TensorView* angle : {&cos, &sin})
+    require(angle->ndim == 4 && angle->size[1] == 1, "norm_rotary: cos, sin");
+  const std::int64_t dim = query.size[3];
+  require(query_weight.ndim == 1 && key_weight.ndim == 1, "norm_rotary: weights");
+  p.query_weight = contiguous(query_weight, dim, query.dtype, query, "norm_rotary: query_weight");
+  p.key_weight = contiguous(key_weight, dim, query.dtype, query, "norm_rotary: key_weight");
+  p.eps = eps;
+  py::gil_scoped_release release;
+  cpu::norm_rotary(p);
+}
+
+void swiglu(const TensorView& gate, const TensorView& up, const TensorView& y) {
+  require(gate.device < 0 && is_float(gate.dtype), "swiglu: dtype");
+  const SwigluParams p{same_shape(gate, gate, "swiglu: gate"), same_shape(up, gate, "swiglu: up"),
+                       same_shape(y, gate, "swiglu: y")};
+  py::gil_scoped_release release;
+  cpu::swiglu(p);
+}
+
+void gelu_tanh(const TensorView& x, const TensorView& y) {
+  require(x.device < 0 && is_float(x.dtype), "gelu_tanh: dtype");
+  const GeluTanhParams p{same_shape(x, x, "gelu_tanh: x"), same_shape(y, x, "gelu_tanh: y")};
+  py::gil_scoped_release release;
+  cpu::gelu_tanh(p);
+}
+
 double fma_loop(std::int64_t steps, const TensorView& sink) {
   contiguous(sink, sink.numel(), DType::f32, sink, "fma_loop: sink");
   require(sink.device < 0 && sink.numel() >= threads(), "fma_loop: sink");
@@ -444,6 +514,11 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.doc() = "CPU kernels of qvl_kernels for one instruction set";
   m.def("rms_norm", &qvl::rms_norm);
   m.def("rms_norm_backward", &qvl::rms_norm_backward);
+  m.def("layer_norm", &qvl::layer_norm);
+  m.def("rotary", &qvl::rotary);
+  m.def("norm_rotary", &qvl::norm_rotary);
+  m.def("swiglu", &qvl::swiglu);
+  m.def("gelu_tanh", &qvl::gelu_tanh);
   m.def("attention", &qvl::attention);
   m.def("attention_plain", &qvl::attention_plain);
   m.def("attention_backward", &qvl::attention_backward);

@@ -86,6 +86,32 @@ struct SparseAttentionBackwardParams {
   TensorView grad_out, grad_query, grad_key, grad_value;
 };
 
+// h = x + residual; y = (h - mean) rstd weight + bias, rstd = 1 / sqrt(mean((h - mean)^2) + eps). All (..., C) but
+// weight and bias (C).
+struct LayerNormParams {
+  TensorView x, residual, weight, bias, y, hidden;
+  double eps;
+};
+
+// out = n cos + rotate_half(n) sin with n = x, or, given weights (D), x / sqrt(mean(x^2) + eps) weight. query, key and
+// their outs (..., D), last strides 1; query_cos, ... are cos and sin in the compute type with query's (key's) shape,
+// stride 0 where they are broadcast.
+struct RotaryParams {
+  TensorView query, key, query_weight, key_weight, query_out, key_out;
+  TensorView query_cos, query_sin, key_cos, key_sin;
+  double eps;
+};
+
+// y = gate / (1 + exp(-gate)) up, all of one shape, last strides 1.
+struct SwigluParams {
+  TensorView gate, up, y;
+};
+
+// y = x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), both of one shape, last strides 1.
+struct GeluTanhParams {
+  TensorView x, y;
+};
+
 namespace cpu {
 // What scratch (u8) has to hold at least, for so many threads.
 std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads);
@@ -109,6 +135,11 @@ double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
 void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);
+void layer_norm(const LayerNormParams& p);
+void rotary(const RotaryParams& p);
+void norm_rotary(const RotaryParams& p);
+void swiglu(const SwigluParams& p);
+void gelu_tanh(const GeluTanhParams& p);
 }  // namespace cpu
 
 }  // namespace qvl

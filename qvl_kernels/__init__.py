@@ -13,6 +13,7 @@ from .layer_norm import layer_norm
 from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
 from .linear_attention import LinearAttentionState, linear_attention
 from .linear_attention_varlen import linear_attention_varlen
+from .norm_rotary import norm_rotary
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
@@ -35,6 +36,7 @@ __all__ = [
     "layer_norm",
     "linear_attention",
     "linear_attention_varlen",
+    "norm_rotary",
     "pack_linear",
     "packed_linear",
     "quantize_kv",

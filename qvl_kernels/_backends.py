@@ -46,7 +46,19 @@ class Operation:
         self.implementations = {backend: implementations[backend] for backend in BACKENDS if backend in implementations}
         self.last_refusal: str | None = None
         self._usable = tuple(entry for backend, entry in self.implementations.items() if unavailable(backend) is None)
+        self._quick = {name: entry for name, entry in self.implementations.items() if hasattr(entry, "run_unchecked")}
+        self._quick = {name: entry for name, entry in self._quick.items() if entry in self._usable}
+        self._quickest = next(iter(self._quick.values()), None)
         _operations[name] = self
+
+    def quick(self) -> Any:
+        """The CPU backend whose `run_unchecked` a plain eager call may try before any check in Python, or None.
+
+        At a decode step the checks cost more than the kernel. The binding checks what it gets again, raises TypeError
+        or ValueError before it writes anything, and the call goes the usual way: checks, which say what is wrong, and
+        `choose`.
+        """
+        return self._quickest if _forced is None else self._quick.get(_forced)
 
     def choose(self, *arguments: Any) -> Any:
         """The first implementation that takes these arguments, or the forced one.

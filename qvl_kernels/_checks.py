@@ -25,17 +25,14 @@ def floating(op: str, **tensors: Tensor | None) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
         if first is None:
-            first, first_name = tensor, name
-            if tensor.dtype not in FLOATS:
-                raise TypeError(
-                    f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_name(tensor.dtype)}"
-                )
-        if tensor.dtype != first.dtype:
-            raise TypeError(
-                f"{op}: {name} must have {first_name}'s dtype {_name(first.dtype)}, got {_name(tensor.dtype)}"
-            )
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} must be on {first_name}'s device {first.device}, got {tensor.device}")
+            first, first_name, dtype, device = tensor, name, tensor.dtype, tensor.device
+            if dtype not in FLOATS:
+                raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_name(dtype)}")
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} must have {first_name}'s dtype {_name(dtype)}, got {_name(tensor.dtype)}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {first_name}'s device {device}, got {tensor.device}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -44,6 +44,22 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
 
 
+def is_plain(*tensors: object) -> bool:
+    """Whether nothing but plain eager arithmetic without gradients looks at these tensors (or None): the opposite of
+    `needs_dispatcher` in fewer steps. Tensors on any device, "meta" too, are plain."""
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if grad and tensor.requires_grad:  # type: ignore[attr-defined]
+                return False
+        elif tensor is not None:
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not is_transformed()
+
+
 def is_transformed() -> bool:
     """Whether a functorch transform (vmap, grad, jvp) or forward-mode differentiation is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
+from ._native import CPU, Native
+from ._tensors import empty_rows, unit_stride
 from .reference import gelu_tanh as reference
 
 
@@ -25,8 +27,25 @@ def gelu_tanh(x: Tensor) -> Tensor:
     >>> gelu_tanh(torch.zeros(3)).tolist()
     [0.0, 0.0, 0.0]
     """
+    if (quick := _gelu_tanh.quick()) is not None and _library.is_plain(x):
+        try:
+            return quick.run_unchecked(x)
+        except (TypeError, ValueError):
+            pass
     _checks.floating("gelu_tanh", x=x)
-    return _gelu_tanh.choose().forward(x)
+    return _gelu_tanh.choose(x).forward(x)
 
 
-_gelu_tanh = _backends.Operation("gelu_tanh", {"reference": _backends.Reference(reference.forward)})
+class _Native(Native):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_unchecked(unit_stride(x))
+
+    def run_unchecked(self, x: Tensor) -> Tensor:
+        y = empty_rows(x)
+        self.module.gelu_tanh(x, y)
+        return y
+
+
+_gelu_tanh = _backends.Operation(
+    "gelu_tanh", {**{name: _Native(name) for name in CPU}, "reference": _backends.Reference(reference.forward)}
+)

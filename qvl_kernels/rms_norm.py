@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks, _library
-from ._tensors import compute_dtype, unit_stride
+from ._tensors import compute_dtype, empty_rows, unit_stride
 from .reference import rms_norm as reference
 
 # On the CPU a sum over rows is made of this many partial sums at most, whatever the number of threads.
@@ -56,6 +56,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     tensor([[6., 8.]])
     """
     op = "rms_norm"
+    if (quick := _rms_norm.quick()) is not None and _library.is_plain(x, weight, residual):
+        try:
+            y, hidden = quick.run_unchecked(x, weight, eps, residual)
+            return y if residual is None else (y, hidden)
+        except (TypeError, ValueError):
+            pass
     _checks.floating(op, x=x, weight=weight, residual=residual)
     _checks.shape(op, "weight", weight, "(C,)", (_checks.channels(op, "x", x),))
     if residual is not None:
@@ -141,6 +147,16 @@ class _Native:
         function(x, *arguments, *_backends.stream(self.backend, x))
 
 
+class _NativeCpu(_Native):
+    def run_unchecked(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        y = empty_rows(x)
+        hidden = None if residual is None else torch.empty_like(y)
+        _backends.module(self.backend, "rms_norm").rms_norm(x, residual, weight, y, hidden, None, eps)
+        return y, hidden
+
+
 _ALL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = {
     "cpu_avx512": _ALL_FLOATS,
@@ -150,7 +166,8 @@ _DTYPES = {
 }
 
 
-_rms_norm = _backends.Operation("rms_norm", {**{name: _Native(name) for name in _DTYPES}, "reference": _Reference()})
+_native = {name: (_NativeCpu if name.startswith("cpu") else _Native)(name) for name in _DTYPES}
+_rms_norm = _backends.Operation("rms_norm", {**_native, "reference": _Reference()})
 
 
 def _run(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _library
+from ._native import CPU, Native
+from ._tensors import compute_dtype, empty_as_laid_out, unit_stride
 from .reference import rotary as reference
 
 
@@ -18,7 +20,8 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             precision.
 
     Returns:
-        (query, key) rotated, in their dtype. The arithmetic is in float32 or wider and rounded once.
+        (query, key) rotated, in their dtype; a view of (B, L, H, D) memory gives one too. The arithmetic is in float32
+        or wider and rounded once.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.
@@ -31,6 +34,11 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     torch.Size([1, 2, 3, 8])
     """
     op = "rotary"
+    if (quick := _rotary.quick()) is not None and _library.is_plain(query, key, cos, sin):
+        try:
+            return quick.run_unchecked(query, key, cos, sin)
+        except (TypeError, ValueError):
+            pass
     _checks.floating(op, query=query, key=key)
     dim = _checks.channels(op, "query", query)
     if dim % 2:
@@ -42,8 +50,43 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             sizes = (1,) * (x.ndim - angle.ndim) + tuple(angle.shape)
             if len(sizes) != x.ndim or any(have not in (1, want) for have, want in zip(sizes, x.shape)):
                 raise ValueError(f"{op}: {name} must broadcast to {other}'s {tuple(x.shape)}, got {tuple(angle.shape)}")
-    run = _rotary.choose().forward
-    return run(query, cos, sin), run(key, cos, sin)
+    return _rotary.choose(query, key, cos, sin).forward(query, key, cos, sin)
 
 
-_rotary = _backends.Operation("rotary", {"reference": _backends.Reference(reference.forward)})
+class Rotating(Native):
+    """What `rotary` and `norm_rotary` ask of a call."""
+
+    def supports(self, *tensors: Tensor | None) -> str | None:
+        query, cos, sin = tensors[0], tensors[-2], tensors[-1]
+        assert query is not None
+        assert cos is not None
+        assert sin is not None
+        wide = compute_dtype(query.dtype)
+        if cos.dtype != wide or sin.dtype != wide:
+            return f"cos and sin are {cos.dtype} and {sin.dtype}, not {wide}"
+        if cos.shape[-1] != query.shape[-1] or sin.shape[-1] != query.shape[-1]:
+            return "cos or sin is broadcast over the last dimension"
+        return super().supports(*tensors)
+
+
+class _Native(Rotating):
+    def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self.run_unchecked(unit_stride(query), unit_stride(key), unit_stride(cos), unit_stride(sin))
+
+    def run_unchecked(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        query_out, key_out = empty_as_laid_out(query), empty_as_laid_out(key)
+        self.module.rotary(query, key, cos, sin, query_out, key_out)
+        return query_out, key_out
+
+
+class _Reference:
+    """Plain PyTorch."""
+
+    def supports(self, *tensors: Tensor) -> str | None:
+        return None
+
+    def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.forward(query, cos, sin), reference.forward(key, cos, sin)
+
+
+_rotary = _backends.Operation("rotary", {**{name: _Native(name) for name in CPU}, "reference": _Reference()})

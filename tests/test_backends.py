@@ -45,8 +45,35 @@ def test_a_forced_backend_does_not_fall_back():
     native = [name for name in available_backends() if name.startswith("cpu")]
     if not native:
         pytest.skip("no native CPU backend runs here")
-    with use_backend(native[0]), pytest.raises(RuntimeError, match="this operation has only reference"):
+    gate = torch.ones(2, requires_grad=True)
+    with use_backend(native[0]), pytest.raises(RuntimeError, match=f"{native[0]}' is forced, but a gradient is needed"):
+        qvl_kernels.swiglu(gate, torch.ones(2))
+
+
+def test_an_operation_says_which_backends_it_has(monkeypatch):
+    monkeypatch.setattr(_backends, "_forced", "cuda")
+    with pytest.raises(RuntimeError, match="this operation has only cpu_avx512, cpu_avx2, reference"):
         qvl_kernels.swiglu(torch.ones(2), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", [name for name in available_backends() if name.startswith("cpu")])
+def test_tensors_are_read_alike_through_dlpack_and_through_their_attributes(name):
+    """A subclass is not DLPack's, nor is any tensor of a torch before 2.10: those go the slow way."""
+    module = _backends.module(name, "")
+    x = torch.randn(6, 40)[::2, 3:35]
+    results = []
+    for wrap in (torch.Tensor.detach, lambda t: t.as_subclass(type("Other", (torch.Tensor,), {})), torch.nn.Parameter):
+        y = torch.full((3, 32), torch.nan)
+        module.gelu_tanh(wrap(x), wrap(y) if wrap is torch.Tensor.detach else y)
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    with pytest.raises(TypeError):
+        module.gelu_tanh([1.0], results[0])
+    with pytest.raises(ValueError, match="gelu_tanh: y"):
+        module.gelu_tanh(x, results[0].double())
+    with pytest.raises(ValueError, match=r"unsupported dtype torch\.complex64"):
+        module.gelu_tanh(torch.ones(2, dtype=torch.complex64), results[0])
 
 
 def test_use_backend_names_what_is_wrong():
@@ -75,6 +102,7 @@ def test_explain_has_a_reason_for_every_backend_and_a_line_for_every_operation()
         "layer_norm",
         "rms_norm",
         "rotary",
+        "norm_rotary",
         "swiglu",
         "gelu_tanh",
         "packed_linear",

@@ -28,6 +28,7 @@ OPERATIONS = [
     "sparse_attention",
     "layer_norm",
     "rotary",
+    "norm_rotary",
     "swiglu",
     "gelu_tanh",
     "pack_linear",

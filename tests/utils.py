@@ -72,5 +72,23 @@ def assert_close(
     )
 
 
+def ulps(ours: Tensor, exact: Tensor) -> Tensor:
+    """|ours - exact| in units of the last place of exact, for float32."""
+    size = exact.float().abs()
+    return (ours.double() - exact).abs() / (torch.nextafter(size, torch.full_like(size, torch.inf)) - size).double()
+
+
+def refuses_gradients(backend: str, call) -> bool:
+    """True where the backend is a kernel without gradients, having checked that it says so instead of losing them."""
+    if backend == "reference":
+        return False
+    with (
+        on(backend),
+        pytest.raises(RuntimeError, match="a gradient is needed, and autograd takes it from the reference"),
+    ):
+        call()
+    return True
+
+
 def _where(x: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(x.argmax(), x.shape))

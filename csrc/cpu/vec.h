@@ -66,6 +66,7 @@ struct Vec<double> {
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
@@ -82,6 +83,7 @@ inline Vec<float> shift_bits_left(Vec<float> a, int by) {
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
 inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm512_mul_pd(a.v, b.v); }
+inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm512_div_pd(a.v, b.v); }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
 inline double sum(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
@@ -100,6 +102,10 @@ inline Vec<double> choose(std::uint32_t bits, Vec<double> a, Vec<double> b) {
 
 inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+// The first n lanes; the others become 0.
+inline Vec<float> first_lanes(Vec<float> a, int n) { return _mm512_maskz_mov_ps(first16(n), a.v); }
+inline Vec<double> first_lanes(Vec<double> a, int n) { return _mm512_maskz_mov_pd(first8(n), a.v); }
 
 inline Vec<float> widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i round_bf16(__m512 x) {
@@ -156,6 +162,7 @@ inline Words words(const std::int8_t* p) {
 inline Ints add_products(Ints acc, Words a, Words b) { return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))}; }
 inline Ints no_ints() { return {_mm512_setzero_si512()}; }
 inline Vec<float> to_float(Ints a) { return _mm512_cvtepi32_ps(a.v); }
+// Rounded to int16, to nearest even; beyond its range to the limits.
 inline void store_rounded(std::int16_t* p, Vec<float> a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
@@ -184,6 +191,7 @@ struct Vec<double> {
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_ps(a.v, b.v); }
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline float sum(Vec<float> a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -208,6 +216,7 @@ inline Vec<float> shift_bits_left(Vec<float> a, int by) {
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
 inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm256_mul_pd(a.v, b.v); }
+inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm256_div_pd(a.v, b.v); }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a.v, b.v); }
 inline double largest(Vec<double> a) {
@@ -240,6 +249,8 @@ inline __m256i first8(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline __m256i first4(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+inline Vec<float> first_lanes(Vec<float> a, int n) { return _mm256_and_ps(a.v, _mm256_castsi256_ps(first8(n))); }
+inline Vec<double> first_lanes(Vec<double> a, int n) { return _mm256_and_pd(a.v, _mm256_castsi256_pd(first4(n))); }
 // AVX2 has no masked access to 16-bit elements: a tail goes through a small buffer.
 inline __m128i load_first8_u16(const void* p, int n) {
   std::uint16_t buffer[8] = {};
@@ -346,6 +357,31 @@ inline Vec<double> exp2_to_127(Vec<double> x) {
   double lane[Vec<double>::N];
   std::memcpy(lane, &x.v, sizeof lane);
   for (double& value : lane) value = std::exp2(value);
+  std::memcpy(&x.v, lane, sizeof lane);
+  return x;
+}
+
+// e^x with an error below 1.5 ULP, inf above 88.73, 0 below -87, NaN for NaN. As above, but x log2(e) is kept in two
+// parts: rounded to one it would cost x / 2 ULP. The result is built as 2 2^f times 2^(n - 1), so that n = 128 is no
+// overflow.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float kRound = 12582912.0f + 126.0f, kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-8f;
+  x = min(Vec<float>(89.4f), max(Vec<float>(-87.3f), x));  // in this order a NaN stays
+  const Vec<float> rounded = fma(x, Vec<float>(kLog2e), Vec<float>(kRound));
+  const Vec<float> f = fma(x, Vec<float>(kLog2eRest), fma(x, Vec<float>(kLog2e), Vec<float>(kRound) - rounded));
+  Vec<float> y(2 * 1.535336196e-4f);
+  y = fma(y, f, Vec<float>(2 * 1.339887502e-3f));
+  y = fma(y, f, Vec<float>(2 * 9.618436918e-3f));
+  y = fma(y, f, Vec<float>(2 * 5.550332367e-2f));
+  y = fma(y, f, Vec<float>(2 * 2.402264774e-1f));
+  y = fma(y, f, Vec<float>(2 * 6.931471825e-1f));
+  y = fma(y, f, Vec<float>(2.0f));
+  return y * shift_bits_left(rounded, 23);
+}
+inline Vec<double> exp(Vec<double> x) {
+  double lane[Vec<double>::N];
+  std::memcpy(lane, &x.v, sizeof lane);
+  for (double& value : lane) value = std::exp(value);
   std::memcpy(&x.v, lane, sizeof lane);
   return x;
 }

@@ -76,10 +76,6 @@ inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
     acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v));
 }
 inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
-// Rounded to int16, to nearest even; beyond its range to the limits.
-inline void store_rounded(std::int16_t* p, Vec<float> a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
-}
 inline Vec<float> from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
@@ -99,11 +95,6 @@ inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
   acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v));
 }
 inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
-inline void store_rounded(std::int16_t* p, Vec<float> a) {
-  const __m256i x = _mm256_cvtps_epi32(a.v);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
-}
 inline Vec<float> from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
 inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
