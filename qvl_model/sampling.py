@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A nucleus is first looked for among so many tokens: to sort a whole vocabulary of 151,936 takes 13 ms on two cores, to
+# find its 1,024 most probable ones less than 1.
+_NUCLEUS = 1024
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -74,11 +78,18 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """-inf outside the nucleus, the fewest most probable tokens of (B, V) with mass >= p (Holtzman et al. 2020,
     section 3.1)."""
-    ordered, index = logits.sort(dim=-1, descending=True)
-    mass = ordered.softmax(dim=-1)
-    # The mass of the tokens before this one, 0 for the first, which is therefore always kept.
-    outside = mass.cumsum(dim=-1) - mass >= p
-    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
+    probability = logits.softmax(dim=-1)
+    vocabulary = logits.shape[-1]
+    count = min(_NUCLEUS, vocabulary)
+    while True:
+        mass, index = probability.topk(count, dim=-1)
+        # The mass of the tokens before this one, 0 for the first, which is therefore always kept.
+        outside = mass.cumsum(dim=-1) - mass >= p
+        if count == vocabulary or outside[..., -1].all():
+            break
+        count = min(8 * count, vocabulary)
+    hidden = torch.ones_like(logits, dtype=torch.bool).scatter(-1, index, outside)
+    return logits.masked_fill(hidden, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

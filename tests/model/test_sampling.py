@@ -40,6 +40,23 @@ def test_top_p_stops_where_the_mass_is_reached():
     assert keep_top_p(torch.zeros(1, 4), 0.5).isfinite().sum() == 2
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 20.0])
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.8, 0.95, 0.9999])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(p, scale):
+    """A nucleus of one token, of hundreds, and (almost) all of 20,000: the search widens until it has the mass. In
+    float64 no rounding decides where it ends."""
+    x = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scale
+    x[1] *= 2  # rows whose nuclei differ in size
+    ordered, index = x.sort(dim=-1, descending=True)
+    mass = ordered.softmax(-1)
+    outside = mass.cumsum(-1) - mass >= p
+    kept = keep_top_p(x, p).isfinite()
+    if scale == 0:  # all equal: any of them
+        assert ((kept.sum(-1) - (~outside).sum(-1)).abs() <= 1).all()
+    else:
+        assert torch.equal(kept, torch.zeros_like(kept).scatter(-1, index, ~outside))
+
+
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 1.0])
 def test_min_p(p):
     from transformers import MinPLogitsWarper
