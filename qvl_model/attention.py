@@ -69,6 +69,12 @@ class Step:
     counts: Tensor | None = None
     parts: Sequence[Part] | None = None
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the cache keeps in floating point, where queries, keys and values have to be of it; else None."""
+        cache = self.parts[0].cache if self.parts else self.cache
+        return cache.dtype if cache is not None and cache.dtype.is_floating_point else None
+
 
 class Kind(Protocol):
     """What a name stands for. `text` and `vision` compute (B, Hq, L, D), packed (T, H, D) for vision."""

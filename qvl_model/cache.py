@@ -45,7 +45,7 @@ class KVCache:
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         kinds = kinds_of_layers(names_of_layers(attention, config.num_hidden_layers))
         self.stores = [kind.store(shape, dtype, device) for kind in kinds]
-        self.batch, self.capacity, self.device = batch, capacity, torch.device(device)
+        self.batch, self.capacity, self.dtype, self.device = batch, capacity, dtype, torch.device(device)
         self.reset()
 
     @property

@@ -87,6 +87,7 @@ class Qwen3VLConfig:
     Attributes:
         attention, vision_attention: the attention of every text layer and every vision block
             (`qvl_model.attention`) that the weights were trained with; none is "fused" for all.
+        weights: the format of packed weights (`qvl_model.packing`), or none.
 
     >>> Qwen3VLConfig.qwen3_vl_2b().text.num_hidden_layers
     28
@@ -102,6 +103,7 @@ class Qwen3VLConfig:
     dtype: str = "bfloat16"
     attention: tuple[str, ...] = ()
     vision_attention: tuple[str, ...] = ()
+    weights: str = ""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -217,6 +219,7 @@ class Qwen3VLConfig:
             "text_config": text,
             "vision_config": vision,
             **({"qvl_attention": kinds} if any(kinds.values()) else {}),
+            **({"qvl_weights": self.weights} if self.weights else {}),
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -260,6 +263,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Qwen3VLConfig:
             dtype=dtype,
             attention=_names(content, "text", where),
             vision_attention=_names(content, "vision", where),
+            weights=str(content.get("qvl_weights", "")),
             **ids,
         )
     except ConfigError as error:

@@ -14,7 +14,7 @@ import qvl_kernels
 
 from .config import Qwen3VLConfig
 from .memory import available_memory
-from .weights import CONFIG_NAME, FORMATS, INDEX_NAME, WEIGHTS_NAME, list_tensors
+from .weights import BYTES, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, list_tensors
 
 _LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "pillow", "av", "triton")
 
@@ -72,8 +72,11 @@ def describe_model(folder: Path) -> list[tuple[str, str]]:
         ("model", str(folder)),
         ("parameters", f"{count:,}"),
         ("on disk", _on_disk(folder)),
-        ("in memory", ", ".join(f"{size(dtype.itemsize * count)} {name}" for name, dtype in FORMATS.items())),
-        ("cache", ", ".join(f"{size(dtype.itemsize * token)} {name}" for name, dtype in FORMATS.items()) + " a token"),
+        ("in memory", ", ".join(f"{size(int(each * count))} {name}" for name, each in BYTES.items())),
+        (
+            "cache",
+            f"{size(4 * token)} fp32, {size(2 * token)} bf16, {size(token + 4 * token // text.head_dim)} int8 a token",
+        ),
         (
             "text",
             f"{text.num_hidden_layers} layers, {text.num_attention_heads} query and {text.num_key_value_heads} KV "

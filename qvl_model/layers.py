@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from qvl_kernels import gelu_tanh, layer_norm, rms_norm, swiglu
+from qvl_kernels import PackedLinear, gelu_tanh, layer_norm, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -29,15 +29,22 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """y = (x - mean) / std * weight + bias over the last dimension, eps 1e-6 as in every Qwen3-VL."""
+    """y = (h - mean) / std * weight + bias over the last dimension, eps 1e-6 as in every Qwen3-VL, with h = x, or x +
+    residual, which then comes back too: (y, h)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, 1e-6)
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return layer_norm(x, self.weight, self.bias, 1e-6, residual)  # type: ignore[call-overload, no-any-return]
 
 
 class SwiGLU(nn.Module):
@@ -48,8 +55,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(channels, intermediate, bias=False)
         self.up_proj = nn.Linear(channels, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, channels, bias=False)
+        self.gate_up_proj: nn.Module | None = None  # in place of the two, where the weights are packed
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_up_proj is not None:
+            return self.down_proj(self.gate_up_proj(x, activation="swiglu"))
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -62,6 +72,8 @@ class GeluMLP(nn.Module):
         self.linear_fc2 = nn.Linear(intermediate, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.linear_fc1, PackedLinear):
+            return self.linear_fc2(self.linear_fc1(x, activation="gelu_tanh"))
         return self.linear_fc2(gelu_tanh(self.linear_fc1(x)))
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvl_kernels import PackedLinear
+
 from . import fusion as fusions
 from .attention import Kind, Part, Step, kinds_of_layers, names_of_layers
 from .cache import KVCache
@@ -94,7 +96,9 @@ class Qwen3VL(nn.Module):
         device = torch.get_default_device()
         with torch.device("meta"):
             self.model = _Backbone(config, kinds_of_layers(self.attention), kinds_of_layers(self.vision_attention))
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head: nn.Linear | PackedLinear = nn.Linear(
+                config.text.hidden_size, config.text.vocab_size, bias=False
+            )
             self.to(dtype or torch.get_default_dtype())
         if device.type != "meta":
             self.to_empty(device=device)
@@ -102,10 +106,18 @@ class Qwen3VL(nn.Module):
         if device.type != "meta":
             self._initialise()
 
+    @property
+    def head_is_table(self) -> bool:
+        """Whether the head's matrix is the embedding table; a quantised head has its own numbers."""
+        table, head = self.model.language_model.embed_tokens.weight, self.lm_head
+        same = isinstance(head, nn.Linear) or (head.format == "bf16" and table.dtype == torch.bfloat16)
+        return self.config.tie_word_embeddings and same
+
     def tie_weights(self) -> None:
         """Makes a tied head the embedding matrix itself; after either was replaced, do it again."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+        table = self.model.language_model.embed_tokens.weight
+        if self.head_is_table:
+            self.lm_head.weight = table if isinstance(self.lm_head, nn.Linear) else table.detach()
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -119,7 +131,8 @@ class Qwen3VL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.language_model.embed_tokens.weight.dtype
+        """Of the hidden states."""
+        return self.model.language_model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -131,8 +144,10 @@ class Qwen3VL(nn.Module):
         self.model.language_model.gradient_checkpointing = enabled
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
-        """A cache on the model's device; `dtype` is the model's, or int8 for keys and values of one byte."""
-        return KVCache(self.config.text, batch, capacity, dtype or self.dtype, self.device, self.attention)
+        """A cache on the model's device; `dtype` is by default that of the embedding table, which is what the
+        checkpoint was stored in; int8 takes one byte an element."""
+        dtype = dtype or self.model.language_model.embed_tokens.weight.dtype
+        return KVCache(self.config.text, batch, capacity, dtype, self.device, self.attention)
 
     def embed_inputs(
         self,
@@ -171,7 +186,7 @@ class Qwen3VL(nn.Module):
             if (pixels is None) != (grid is None):
                 raise ValueError(f"pixel values and {name} must be given together")
         input_ids, position_ids, lengths, order = left_aligned(input_ids, attention_mask, position_ids)
-        embeds = self.model.language_model.embed_tokens(input_ids)
+        embeds = self.model.language_model.embed_tokens(input_ids).to(self.dtype)
         no_media = pixel_values is None and pixel_values_videos is None
         if no_media and cache is not None and input_ids.shape[1] == 1 and cache.lengths.all():
             # A token just generated is text, even if the model chose a placeholder.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qvl_kernels import rotary
+from qvl_kernels import norm_rotary
 
 from .attention import Kind, Step
 from .config import TextConfig
@@ -27,6 +27,8 @@ class TextAttention(nn.Module):
         self.layer, self.kind = layer, kind
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.widths = (queries, keys, keys)
+        self.qkv_proj: nn.Module | None = None  # in place of the three, where the weights are packed
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
@@ -36,10 +38,11 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
-        query, key = rotary(query, key, *step.rope)
+        query, key, value = (y.view(heads).transpose(1, 2) for y in self._project(x))
+        weights = self.q_norm.weight, self.k_norm.weight
+        query, key = norm_rotary(query, key, *weights, self.q_norm.eps, *step.rope)
+        if step.dtype is not None:
+            query, key, value = query.to(step.dtype), key.to(step.dtype), value.to(step.dtype)
         if step.parts is None:
             out = self.kind.text(self.layer, query, key, value, step)
         else:
@@ -48,7 +51,12 @@ class TextAttention(nn.Module):
                 q, k, v = (x[:, :, part.start : part.stop] for x in (query, key, value))
                 outs.append(self.kind.text(self.layer, q, k, v, Step(step.rope, part.cache, None)))
             out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.qkv_proj is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.qkv_proj(x).split(self.widths, -1)
 
 
 class TextLayer(nn.Module):

@@ -72,8 +72,8 @@ class VisionBlock(nn.Module):
         self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn(self.norm1(x), offsets, rope)
-        return x + self.mlp(self.norm2(x))
+        y, x = self.norm2(self.attn(self.norm1(x), offsets, rope), x)
+        return x + self.mlp(y)
 
 
 class PatchMerger(nn.Module):

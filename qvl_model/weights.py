@@ -33,9 +33,18 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+PADDING = "padding."  # names of bytes between tensors: the format allows no holes
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.63}  # a weight of each format, scales included
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _DTYPE_BYTES = {
     name: size
     for size, names in {
@@ -144,7 +153,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for tensors in stored.values() for name, tensor in tensors.items()}
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, folder: Path) -> None:
+def check_tensors(stored: Mapping[str, StoredTensor], model: Qwen3VL, folder: Path) -> None:
     """Raises CheckpointError unless `stored` holds exactly what `model` needs, in the model's shapes.
 
     Of names that share one parameter (a tied head) at least one must be stored.
@@ -155,7 +164,7 @@ def check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, folder: 
         wanted = "it" if len(missing) == 1 else "them"
         raise CheckpointError(f"{folder}: {_some(missing)} missing from the checkpoint; config.json asks for {wanted}")
     known = {name for names, _ in groups for name in names}
-    unexpected = [name for name in stored if name not in known]
+    unexpected = [name for name in stored if name not in known and not name.startswith(PADDING)]
     if unexpected:
         file = stored[unexpected[0]].file
         raise CheckpointError(
@@ -170,18 +179,22 @@ def check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, folder: 
                 raise CheckpointError(
                     f"{found.file}: tensor {name!r} has shape {found.shape}, config.json asks for {tuple(tensor.shape)}"
                 )
-            if found.dtype not in _DTYPES:
+            if not tensor.is_floating_point() and _DTYPES.get(found.dtype) != tensor.dtype:
+                raise CheckpointError(f"{found.file}: tensor {name!r} is stored as {found.dtype}, not {tensor.dtype}")
+            if tensor.is_floating_point() and not found.dtype.lstrip("B").startswith("F"):
                 raise CheckpointError(
                     f"{found.file}: tensor {name!r} is stored as {found.dtype}; float32, bfloat16, float16 can be read"
                 )
 
 
-def _parameter_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """The parameters of `model`, each with every name that it goes by (two for a tied head)."""
-    groups: dict[int, tuple[list[str], Tensor]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(groups.values())
+def _parameter_groups(model: Qwen3VL) -> list[tuple[list[str], Tensor]]:
+    """The parameters and buffers of `model`, each with every name that it goes by (two for a tied head)."""
+    state = model.state_dict(keep_vars=True)
+    head = state.pop("lm_head.weight") if model.head_is_table else None
+    groups = [([name], tensor) for name, tensor in state.items()]
+    if head is not None:
+        next(names for names, _ in groups if names[0].endswith("embed_tokens.weight")).append("lm_head.weight")
+    return groups
 
 
 def _some(names: list[str]) -> str:
@@ -189,29 +202,31 @@ def _some(names: list[str]) -> str:
     return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(repr(name) for name in names[:3]) + more
 
 
-def assign_tensors(
-    model: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Gives `model` (built on the meta device) its parameters: the mapped pages where dtype and device match, else
-    converted."""
-    by_stored_name = {next(name for name in names if name in stored): names for names, _ in _parameter_groups(model)}
+def assign_tensors(model: Qwen3VL, stored: Mapping[str, StoredTensor], device: torch.device) -> None:
+    """Gives `model` (built on the meta device, in the dtypes that are wanted) its tensors: the mapped pages where dtype
+    and device match, else converted."""
+    wanted = {
+        next(name for name in names if name in stored): (names, tensor.dtype)
+        for names, tensor in _parameter_groups(model)
+    }
     mapped, converted = defaultdict(list), []
-    for name in by_stored_name:
+    for name, (_, dtype) in wanted.items():
         if _DTYPES[stored[name].dtype] == dtype and device.type == "cpu":
             mapped[stored[name].file].append(name)
         else:
             converted.append(name)
     for file, names in mapped.items():
-        for name, tensor in _read(file, names):
-            _assign(model, by_stored_name[name], tensor)
+        for name, tensor in read_tensors(file, names):
+            _assign(model, wanted[name][0], tensor)
     for name in converted:
         # A mapping for each: with it go the pages that were read, so that at no time two copies are resident.
-        for _, tensor in _read(stored[name].file, [name]):
-            _assign(model, by_stored_name[name], tensor.to(device=device, dtype=dtype))
+        for _, tensor in read_tensors(stored[name].file, [name]):
+            _assign(model, wanted[name][0], tensor.to(device=device, dtype=wanted[name][1]))
 
 
-def _read(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     name = None
+    """The tensors of these names, mapped."""
     try:
         with safe_open(file, framework="pt", device="cpu") as mapped:
             for name in names:
@@ -221,39 +236,41 @@ def _read(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _assign(model: nn.Module, names: Iterable[str], value: Tensor) -> None:
-    parameter = nn.Parameter(value)
+    parameter = nn.Parameter(value) if value.is_floating_point() else value
     for name in names:
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, parameter)
+        module = model.get_submodule(path)
+        setattr(module, leaf, value if leaf in module._buffers else parameter)
 
 
 def check_format(weights: str) -> None:
     """Raises ValueError, naming the formats that exist, unless `weights` is one of them or "auto"."""
-    if weights != "auto" and weights not in FORMATS:
-        problem = "does not exist yet" if weights in ("int8", "int4") else "is no weight format"
-        raise ValueError(f"weights={weights!r} {problem}; there are auto, {', '.join(FORMATS)}")
+    if weights != "auto" and weights not in BYTES:
+        raise ValueError(f"weights={weights!r} is no weight format; there are auto, {', '.join(BYTES)}")
 
 
-def choose_dtype(stored: Iterable[StoredTensor], weights: str, budget: int) -> torch.dtype:
-    """The parameters' dtype: as asked, or for "auto" the checkpoint's own, or bf16 where fp32 exceeds `budget` bytes.
+def choose_format(stored: Iterable[StoredTensor], weights: str, budget: int, device: torch.device) -> str:
+    """The format as asked; for "auto" the checkpoint's own, or the first of bf16, int8, int4 that `budget` bytes hold.
 
-    Raises MemoryError where the parameters exceed `budget` in any case.
+    Raises MemoryError where it exceeds `budget` in any case.
     """
     tensors = list(stored)
-    count = sum(math.prod(t.shape) for t in tensors)
-    if weights == "auto":
-        by_dtype = {name: sum(math.prod(t.shape) for t in tensors if t.dtype == name) for name in _DTYPES}
-        dtype = _DTYPES[max(by_dtype, key=lambda name: by_dtype[name])]
-        if dtype.itemsize * count > budget and dtype.itemsize > 2:
-            dtype = torch.bfloat16
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    if weights != "auto":
+        choice = weights
     else:
-        dtype = FORMATS[weights]
-    if dtype.itemsize * count > budget:
-        hint = "" if dtype.itemsize == 2 else "; weights='bf16' takes half"
+        by_dtype = {name: sum(math.prod(t.shape) for t in tensors if t.dtype == name) for name in _DTYPES}
+        own = "bf16" if max(by_dtype, key=lambda name: by_dtype[name]) in ("BF16", "F16") else "fp32"
+        smaller = list(BYTES) if device.type == "cpu" else ["fp32", "bf16"]
+        choices = smaller[smaller.index(own) :]
+        choice = next((name for name in choices if BYTES[name] * count <= budget), choices[-1])
+    if BYTES[choice] * count > budget:
+        less = next((name for name in BYTES if BYTES[name] * count <= budget), None)
+        hint = f"; weights={less!r} takes {BYTES[less] * count / 2**30:.2f} GiB" if less else ""
         raise MemoryError(
-            f"the weights take {dtype.itemsize * count / 2**30:.2f} GiB, {budget / 2**30:.2f} GiB may be used{hint}"
+            f"the weights take {BYTES[choice] * count / 2**30:.2f} GiB, {budget / 2**30:.2f} GiB may be used{hint}"
         )
-    return dtype
+    return choice
 
 
 def load_pretrained(
@@ -271,7 +288,8 @@ def load_pretrained(
 
     Args:
         path_or_repo: a local folder, or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
-        weights: "fp32", "bf16", or "auto": the checkpoint's own dtype, bf16 where fp32 would exceed `max_memory`.
+        weights: "fp32"; "bf16", "int8", "int4": packed on the CPU (`qvl_model.packing`), float32 activations, matrices
+            that cannot be trained; or "auto": the checkpoint's own, smaller where that would exceed `max_memory`.
         attention, vision_attention, fusion: of `Qwen3VL`.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         max_memory: bytes (or "12GB") that the weights may take; by default what the device has free.
@@ -281,8 +299,9 @@ def load_pretrained(
     Raises:
         FileNotFoundError: no such folder, file, shard, or hub repository.
         CheckpointError, ConfigError: the message names the file and the tensor or field.
-        MemoryError: the weights exceed `max_memory` even in bf16.
+        MemoryError: the weights exceed `max_memory`; the message names a format that would not.
     """
+    from .packing import expect_packed, pack_model
     from .processor import PROCESSOR_FILES, find_folder  # with it come tokenizers, jinja2 and pillow
 
     check_format(weights)
@@ -291,17 +310,38 @@ def load_pretrained(
     stored = list_tensors(folder)
     with torch.device("meta"):
         model = cls(config, attention=attention, vision_attention=vision_attention, fusion=fusion)
-    check_tensors(stored, model, folder)
     target = pick_device(device, sum(tensor.nbytes for tensor in stored.values()))
     budget = available_memory(target) if max_memory is None else parse_bytes(max_memory)
-    dtype = choose_dtype(stored.values(), weights, budget)
-    assign_tensors(model, stored, dtype, target)
+    if config.weights:
+        if weights not in ("auto", config.weights):
+            raise ValueError(f"{folder} is packed as {config.weights}, weights={weights!r} is not in it")
+        chosen = config.weights
+    else:
+        chosen = choose_format(stored.values(), weights, budget, target)
+    table = stored_dtype(stored)
+    if config.weights or (chosen == "bf16" and target.type == "cpu"):
+        expect_packed(model, chosen, joined=bool(config.weights), stored=table)
+    else:
+        model.to(torch.float32 if chosen == "fp32" else table if chosen != "bf16" else torch.bfloat16)
+    check_tensors(stored, model, folder)
+    assign_tensors(model, stored, target)
+    model.tie_weights()
+    if chosen in ("int8", "int4") and not config.weights:
+        pack_model(model, chosen)
     model.processor_source = str(folder)
     return model.eval()
 
 
+def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """Of the embedding table: float32 or bfloat16, float16 becomes float32."""
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    dtypes = [stored[name].dtype for name in names if name in stored]
+    return torch.bfloat16 if dtypes[:1] == ["BF16"] else torch.float32
+
+
 def save_pretrained(model: Qwen3VL, folder: str | os.PathLike[str]) -> None:
-    """Writes `config.json` and `model.safetensors` in the released format; a tied head is left out.
+    """Writes `config.json` and `model.safetensors` in the released format, or packed as the model is; a tied head is
+    left out.
 
     Each file is written under a temporary name and then renamed, so a reader, or a crash, never meets half a file.
 
@@ -309,8 +349,11 @@ def save_pretrained(model: Qwen3VL, folder: str | os.PathLike[str]) -> None:
         OSError: the folder cannot be written; the message names it.
     """
     folder = Path(folder)
-    config = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
+    dtype = model.model.language_model.embed_tokens.weight.dtype
+    config = replace(model.config, dtype=str(dtype).removeprefix("torch."))
     tensors = {names[0]: tensor.detach().contiguous() for names, tensor in _parameter_groups(model)}
+    if not config.weights:  # mapped bf16 matrices have float32 norms beside them
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_then_rename(folder / WEIGHTS_NAME, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
