@@ -4,6 +4,7 @@ what it is."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,6 +71,19 @@ def head_groups(op: str, heads_q: int, heads_kv: int) -> None:
     """Hq is a multiple of Hkv."""
     if heads_kv == 0 or heads_q % heads_kv:
         raise ValueError(f"{op}: query's {heads_q} heads must be a multiple of key's {heads_kv}")
+
+
+def offsets(op: str, name: str, offsets: Tensor, tokens: int) -> None:
+    """Where packed segments start: (S + 1,) integers that ascend from 0 to the number of tokens."""
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
+    shape(op, name, offsets, "(S + 1,)", (None,))
+    if torch.compiler.is_compiling():  # values are not known while tracing; the kernel checks them again
+        return
+    values = offsets.tolist()
+    if not values or values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
+        shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
+        raise ValueError(f"{op}: {name} must ascend from 0 to {tokens}, got {shown}")
 
 
 def channels(op: str, name: str, tensor: Tensor) -> int:

@@ -20,6 +20,7 @@ from .reference import linear_attention_varlen as varlen_reference
 
 State = tuple[Tensor, Tensor, Tensor]
 KINDS = ("favor", "elu", "features")
+_KEPT_BYTES = 32 << 20
 
 
 class Options(NamedTuple):
@@ -76,7 +77,8 @@ class Reference:
 
 
 class Native:
-    """The CPU kernels. Their scratch memory is kept from call to call."""
+    """The CPU kernels. Their scratch memory is kept from call to call unless it is much (long sequences: a state for
+    every 768 keys)."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -87,8 +89,8 @@ class Native:
             return f"query is on {query.device}"
         if (options.projection is not None and query.shape[-1] > 256) or value.shape[-1] > 256:
             return "the head dimension is above 256"
-        if _num_features(query, options) > 2048:
-            return "there are more than 2048 features"
+        if not 1 <= _num_features(query, options) <= 2048:
+            return "the number of features is not in 1 to 2048"
         if (options.S is not None or options.return_state) and torch.is_grad_enabled():
             tensors = query, key, value, options.S, options.z
             if any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -139,7 +141,9 @@ class Native:
         if scratch is None:
             scratch = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
         while needed := kernel(*tensors, scratch, options):
-            scratch = self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
+            scratch = torch.empty(needed, dtype=torch.uint8)
+            if needed <= _KEPT_BYTES:
+                self._memory.buffer = scratch
 
 
 def _rows_of(x: Tensor, channels: int) -> Tensor:

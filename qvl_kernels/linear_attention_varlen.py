@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
 from . import _backends, _checks
@@ -57,8 +54,8 @@ def linear_attention_varlen(
     _checks.shape(op, "key", key, "(Tk, Hkv, D)", (None, None, dim))
     _checks.shape(op, "value", value, "(Tk, Hkv, Dv)", (key.shape[0], key.shape[1], None))
     _checks.head_groups(op, heads_q, key.shape[1])
-    _check_offsets(op, "cu_seqlens_q", cu_seqlens_q, tokens_q)
-    _check_offsets(op, "cu_seqlens_k", cu_seqlens_k, key.shape[0])
+    _checks.offsets(op, "cu_seqlens_q", cu_seqlens_q, tokens_q)
+    _checks.offsets(op, "cu_seqlens_k", cu_seqlens_k, key.shape[0])
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         segments_q, segments_k = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
         raise ValueError(f"{op}: cu_seqlens_k must have cu_seqlens_q's {segments_q} segments, got {segments_k}")
@@ -68,18 +65,6 @@ def linear_attention_varlen(
     options = options._replace(offsets_q=cu_seqlens_q.long(), offsets_k=cu_seqlens_k.long())
     out, _ = _linear_attention_varlen.choose(query, key, value, options).run(query, key, value, options)
     return out[0].transpose(0, 1).to(dtype)
-
-
-def _check_offsets(op: str, name: str, offsets: Tensor, tokens: int) -> None:
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
-    _checks.shape(op, name, offsets, "(S + 1,)", (None,))
-    if torch.compiler.is_compiling():  # values are not known while tracing; the kernel checks them again
-        return
-    values = offsets.tolist()
-    if not values or values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
-        shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
-        raise ValueError(f"{op}: {name} must ascend from 0 to {tokens}, got {shown}")
 
 
 _linear_attention_varlen = _backends.Operation("linear_attention_varlen", {**NATIVE, "reference": Reference()})

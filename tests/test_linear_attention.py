@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -346,6 +348,26 @@ def test_a_projection_that_is_not_finite_is_refused():
         favor.projection[3, 1] = torch.inf
     with pytest.raises(ValueError, match="FavorFeatures: projection must be finite"):
         linear_attention(X, X, X, feature_map=favor)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sizes_of_zero(causal):
+    for shapes in (((1, 2, 3, 0), (1, 2, 3, 4)), ((1, 2, 3, 4), (1, 2, 3, 0)), ((0, 2, 3, 4), (0, 2, 3, 4))):
+        x, v = (torch.randn(shape) for shape in shapes)
+        out = linear_attention(x, x, v, feature_map=EluFeatures(), causal=causal)
+        assert torch.equal(out, torch.zeros(shapes[1]))
+
+
+def test_much_scratch_memory_is_not_kept(monkeypatch):
+    module = importlib.import_module("qvl_kernels._linear_attention")
+    q, k, v = qkv(1, 2, 2, 1700, 1700, 16)
+    for native in (b.values[0] for b in NATIVE if not b.marks):
+        implementation = module.NATIVE[native]
+        implementation._memory.buffer = torch.empty(0, dtype=torch.uint8)
+        monkeypatch.setattr(module, "_KEPT_BYTES", 1000)
+        with on(native):
+            linear_attention(q, k, v, feature_map=EluFeatures())
+        assert implementation._memory.buffer.numel() == 0
 
 
 def test_public_names():
