@@ -60,9 +60,7 @@ void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, co
   cpu::rms_norm_backward(p);
 }
 
-bool unit_stride(const TensorView& t) {
-  return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0;
-}
+bool unit_stride(const TensorView& t) { return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0; }
 
 bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
   return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
