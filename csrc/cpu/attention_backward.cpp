@@ -59,8 +59,8 @@ struct Layout {
     key = take(kTile * columns);
     grad_key = take(kTile * columns);
     grad_value = take(kTile * columns_v);
-    weights = take(GradientTile<float, kTile, kStrips>::kScores);
-    grad_scores = take(GradientTile<float, kTile, kStrips>::kScores);
+    weights = take(GradientTile<float, kTile, kStrips, true>::kScores);
+    grad_scores = take(GradientTile<float, kTile, kStrips, true>::kScores);
     size = at;
   }
 };
@@ -178,7 +178,7 @@ class Pair {
         widen(static_cast<const T*>(row_of(grad_out_, first + r)), at_.dim_v, at_.dim_v, g);
         widen(static_cast<const T*>(head_.out) + position * head_.out_row + of_group * head_.out_head, at_.dim_v,
               at_.dim_v, out);
-        delta = dot(g, out, at_.dim_v);
+        delta = dot<A>(g, out, at_.dim_v);
         const A saved = head_.lse[of_group * head_.lse_head + position];
         if (saved != -kNone) lse = saved * static_cast<A>(kLog2e);  // -inf: the row saw no key
       } else {
@@ -232,7 +232,7 @@ class Pair {
   A* const m_;
   Rows<const T> grad_out_{};
   Rows<A> grad_query_{}, grad_key_{}, grad_value_{};
-  GradientTile<A, kTile, kStrips> tile_;
+  GradientTile<A, kTile, kStrips, true> tile_;
 };
 
 template <class T>

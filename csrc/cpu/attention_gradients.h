@@ -9,8 +9,8 @@
 
 namespace qvl::cpu {
 
-template <class A>
-A dot(const A* a, const A* b, std::int64_t n) {
+template <class A, class S>
+A dot(const S* a, const S* b, std::int64_t n) {
   using V = Vec<A>;
   V acc = V::zero();
   std::int64_t i = 0;
@@ -19,9 +19,11 @@ A dot(const A* a, const A* b, std::int64_t n) {
   return sum(acc);
 }
 
-// kTile: keys between two rows of scores. Strips are [D][6]; panels are columns [panel][count][2 N], with the counts
-// below. All but the sums is packed by the caller.
-template <class A, int kTile, int kMaxStrips>
+// kTile: keys between two rows of scores. Where memory counts for more than the last per cent of the products, the
+// panels of Q and dO stand in for strips (kHasStrips false), and the transposed keys have the scale instead of Q.
+// Strips are [D][6]; panels are columns [panel][count][2 N], with the counts below. All but the sums is packed by the
+// caller.
+template <class A, int kTile, int kMaxStrips, bool kHasStrips>
 struct GradientTile {
   using V = Vec<A>;
   static constexpr int kScores =
@@ -41,8 +43,8 @@ struct GradientTile {
   // hide(s, scores) hides what strip s does not see of [begin, round_up(end, panel)); `add`: dQ is added to.
   template <bool kAdd, class Hide>
   void run(std::int64_t width, const Hide& hide) {
-    products_of_rows(query_strips, key_panels, dim, width, weights);
-    products_of_rows(grad_strips, value_panels, dim_v, width, grad_scores);
+    products_of_rows(kHasStrips ? query_strips : query, key_panels, dim, width, weights);
+    products_of_rows(kHasStrips ? grad_strips : grad, value_panels, dim_v, width, grad_scores);
     for (int s = 0; s < strips; ++s) {
       if (seen[s].end > seen[s].begin) hide(s, weights + s * kStrip * kTile);
       for (int r = s * kStrip; r < (s + 1) * kStrip; ++r) soften_row(r, seen[s]);
@@ -66,12 +68,27 @@ struct GradientTile {
   }
 
  private:
-  // scores = strips . panels, where the strips see the keys.
+  // scores = rows . panels, where the strips see the keys.
   void products_of_rows(const A* rows, const A* panels, std::int64_t n, std::int64_t width, A* scores) const {
     for (std::int64_t j = 0; j < width; j += kPanel<A>)
       for (int s = 0; s < strips; ++s)
-        if (j >= seen[s].begin && j < seen[s].end)
-          score_panel(rows + s * kStrip * n, panels + j * n, n, scores + s * kStrip * kTile + j, kTile);
+        if (j >= seen[s].begin && j < seen[s].end) {
+          A* const to = scores + s * kStrip * kTile + j;
+          if constexpr (kHasStrips)
+            score_panel(rows + s * kStrip * n, panels + j * n, n, to, kTile);
+          else
+            score_by_columns(rows + s * kStrip * kPanel<A>, panels + j * n, n, to);
+        }
+  }
+
+  // As score_panel, from the rows' panels of columns.
+  void score_by_columns(const A* rows, const A* panel, std::int64_t n, A* to) const {
+    Tile<A> acc;
+    clear_tile<A>(acc);
+    for (std::int64_t c = 0; c < n; c += kPanel<A>)
+      multiply_add<kPanel<A>, 1>(rows + c * row_count, panel + c * kPanel<A>, std::min<std::int64_t>(kPanel<A>, n - c),
+                                 acc);
+    store_tile(to, kTile, acc);
   }
 
   // Row r's scores become P, and dP becomes dS.

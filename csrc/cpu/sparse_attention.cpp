@@ -11,8 +11,8 @@
 //   mask    a word of bits for each row and cell (sparse_attention.h): panels that no row of a strip sees are left out,
 //           and only where a row does not see all are scores hidden
 //
-// Bytes: a chunk reads a listed cell once from L3 (64 KiB for D = 128, 64 keys) for 64 G rows: 2 G FLOPs a byte times
-// (D + Dv) / 4 ... at 90 GFLOP/s a thread that is below 3 GB/s.
+// Bytes: a chunk reads a listed cell once from L2 or L3, 256 (D + Dv) of them for 64 keys, and does 128 R (D + Dv)
+// FLOPs with its R rows: half a FLOP a byte and row, 32 for 64 rows.
 //
 // Source: Child et al., Generating long sequences with sparse transformers, 2019, section 5.5; Dao, FlashAttention-2,
 // 2023, section 3.1.

@@ -4,11 +4,10 @@
 // Regime: arithmetic, 2 (3 D + 2 Dv) FLOPs for each query row and listed key. A pair is only 64 G rows by 64 keys, too
 // little to pay for packing either side, so that a wave of heads is packed once and its gradients are summed packed:
 //
-//   wave    as many KV heads as kWaveBytes hold, at least one. A row takes 3 D + 2 Dv elements (Q and dO as strips and
-//   as
-//           panels, dQ), a key 3 D + 2 Dv (K and V transposed, panels of K, dK, dV): 2.5 KiB each for D = 128 and fp32
-//   pair    up to 11 strips (66 rows) by one cell of 64 keys: P and dS are 17 KiB each, in L1; the pair's packed rows
-//           and keys, 160 KiB each, in L2
+//   wave    as many KV heads as kWaveBytes hold, at least one. A row takes 2 D + Dv elements (panels of Q and dO, dQ),
+//           a key 3 D + 2 Dv (K and V transposed, panels of K, dK, dV): 1.5 and 2.5 KiB for D = 128 and fp32
+//   pair    up to 11 strips (66 rows) by one cell of 64 keys: P and dS are 17 KiB each, in L1; the rows, 100 KiB, stay
+//           in L2 for all cells of their chunk, whose 160 KiB each come from L3
 //   out     at the end the sums are scaled and written in the storage type
 //
 // Order and threads as in attention_backward.cpp: step t pairs chunk i of the query blocks with chunk i - t of the key
@@ -24,7 +23,7 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr std::int64_t kWaveBytes = 64 << 20;
+constexpr std::int64_t kWaveBytes = 48 << 20;
 constexpr std::int64_t kMaxChunks = 8;
 constexpr int kCell = 64;
 constexpr int kStrips = (kCell + kStrip - 1) / kStrip;
@@ -34,7 +33,7 @@ struct Layout {
   std::int64_t dim, dim_v, columns, columns_v;  // D and Dv, and both rounded up to whole panels
   std::int64_t rows, cell, sums;                // of a query block in whole strips; keys of a cell, in whole strips
   std::int64_t blocks, cells;                   // query blocks of all sharings, and cells, of a KV head
-  std::int64_t query_strips, grad_strips, query, grad, grad_query, lse, delta, block_size;
+  std::int64_t query, grad, grad_query, lse, delta, block_size;
   std::int64_t key_panels, value_panels, key, grad_key, grad_value, cell_size;
   std::int64_t scores, thread_size, wave;
 
@@ -50,8 +49,6 @@ struct Layout {
       at += round_up(n, 16);
       return start;
     };
-    query_strips = take(rows * dim + kStripSlack);
-    grad_strips = take(rows * dim_v + kStripSlack);
     query = take(rows * columns);
     grad = take(rows * columns_v);
     grad_query = take(rows * columns);
@@ -78,7 +75,7 @@ class Work {
  public:
   using A = Acc<T>;
   using V = Vec<A>;
-  using Tile = GradientTile<A, kCell, kStrips>;
+  using Tile = GradientTile<A, kCell, kStrips, false>;
 
   Work(const SparseAttentionBackwardParams& p, const Layout& at, std::int64_t kv_head, A* memory)
       : b_(p), p_(p.forward), at_(at), sharing_(p_), kv_head_(kv_head), m_(memory) {}
@@ -89,31 +86,22 @@ class Work {
     const Head<T> head = head_of_block(index);
     const Source<const T> from = of<const T>(b_.grad_out, head);
     const std::int64_t first = first_row(index), count = std::min(p_.block * head.group, head.rows() - first);
-    const V scale(static_cast<A>(p_.attention.scale * kLog2e));
     A* const m = block_of(index);
-    A query[kStrip][kMaxDim], grad[kStrip][kMaxDim], out[kMaxDim];
     for (std::int64_t r = 0; r < at_.rows; ++r) {
-      A *const q = query[r % kStrip], *const g = grad[r % kStrip];
       m[at_.lse + r] = kNone, m[at_.delta + r] = 0;
-      if (r < count) {
-        const std::int64_t position = (first + r) / head.group, of_group = (first + r) % head.group;
-        widen(head.query_of(first + r), at_.dim, at_.dim, q);
-        widen(from.row(position, of_group), at_.dim_v, at_.dim_v, g);
-        widen(static_cast<const T*>(head.out) + position * head.out_row + of_group * head.out_head, at_.dim_v,
-              at_.dim_v, out);
-        m[at_.delta + r] = dot(g, out, at_.dim_v);
-        const A saved = head.lse[of_group * head.lse_head + position];
-        if (saved != -kNone) m[at_.lse + r] = saved * static_cast<A>(kLog2e);  // -inf: the row saw no key
-      } else {
-        std::fill_n(q, at_.dim, A(0));
-        std::fill_n(g, at_.dim_v, A(0));
+      if (r >= count) {
+        clear_row(m + at_.query, r, at_.dim);
+        clear_row(m + at_.grad, r, at_.dim_v);
+        continue;
       }
-      to_panels(q, at_.dim, r, at_.rows, m + at_.query);
-      to_panels(g, at_.dim_v, r, at_.rows, m + at_.grad);
-      multiply(q, scale, at_.dim);
-      if (r % kStrip < kStrip - 1) continue;
-      to_strip(query[0], kMaxDim, at_.dim, m + at_.query_strips + r / kStrip * kStrip * at_.dim);
-      to_strip(grad[0], kMaxDim, at_.dim_v, m + at_.grad_strips + r / kStrip * kStrip * at_.dim_v);
+      const std::int64_t position = (first + r) / head.group, of_group = (first + r) % head.group;
+      const T* const grad = from.row(position, of_group);
+      const T* const out = head.out + position * head.out_row + of_group * head.out_head;
+      to_panels(head.query_of(first + r), at_.dim, r, at_.rows, m + at_.query);
+      to_panels(grad, at_.dim_v, r, at_.rows, m + at_.grad);
+      m[at_.delta + r] = dot<A>(grad, out, at_.dim_v);
+      const A saved = head.lse[of_group * head.lse_head + position];
+      if (saved != -kNone) m[at_.lse + r] = saved * static_cast<A>(kLog2e);  // -inf: the row saw no key
     }
     std::fill_n(m + at_.grad_query, at_.rows * at_.columns, A(0));
   }
@@ -125,6 +113,7 @@ class Work {
     A* const m = cell_at(index);
     const T *key = head.key + first * head.key_row, *value = head.value + first * head.value_row;
     pack_transposed(key, head.key_row, count, at_.dim, m + at_.key_panels);
+    multiply(m + at_.key_panels, V(static_cast<A>(p_.attention.scale * kLog2e)), round_up(count, kPanel<A>) * at_.dim);
     pack_transposed(value, head.value_row, count, at_.dim_v, m + at_.value_panels);
     for (std::int64_t j = 0; j < count; ++j) to_panels(key + j * head.key_row, at_.dim, j, at_.cell, m + at_.key);
     std::fill_n(m + at_.grad_key, at_.sums * at_.columns, A(0));
@@ -183,6 +172,11 @@ class Work {
     return {t.as<U>() + head.batch * t.stride[0] + head.first_head * t.stride[1], t.stride[2], t.stride[1]};
   }
 
+  void clear_row(A* panels, std::int64_t r, std::int64_t dim) const {
+    for (std::int64_t c = 0; c < dim; c += kPanel<A>)
+      std::fill_n(panels + c * at_.rows + r * kPanel<A>, kPanel<A>, A(0));
+  }
+
   A* block_of(std::int64_t index) const { return m_ + index * at_.block_size; }
   A* cell_at(std::int64_t index) const { return m_ + at_.blocks * at_.block_size + index * at_.cell_size; }
   Head<T> head_of_block(std::int64_t index) const {
@@ -199,7 +193,7 @@ class Work {
     Tile t;
     t.dim = at_.dim, t.dim_v = at_.dim_v, t.columns = at_.columns, t.columns_v = at_.columns_v;
     t.row_count = at_.rows, t.key_count = at_.cell, t.sum_count = at_.sums, t.strips = strips;
-    t.query_strips = b + at_.query_strips + row * at_.dim, t.grad_strips = b + at_.grad_strips + row * at_.dim_v;
+    t.query_strips = t.grad_strips = nullptr;
     t.query = b + at_.query + row * kPanel<A>, t.grad = b + at_.grad + row * kPanel<A>;
     t.lse = b + at_.lse + row, t.delta = b + at_.delta + row;
     t.grad_query = block_of(index) + at_.grad_query + row * kPanel<A>;
@@ -240,7 +234,7 @@ class Work {
 };
 
 template <class T>
-constexpr std::int64_t kScores = GradientTile<Acc<T>, kCell, kStrips>::kScores;
+constexpr std::int64_t kScores = GradientTile<Acc<T>, kCell, kStrips, false>::kScores;
 
 template <class T>
 void backward(const SparseAttentionBackwardParams& p) {
@@ -253,7 +247,8 @@ void backward(const SparseAttentionBackwardParams& p) {
   const std::int64_t workers = room / at.thread_size;
   const std::int64_t kv_heads = f.query.size[0] * f.key.size[1];
   const std::int64_t rows = query_blocks(p.forward), keys = key_blocks(p.forward);
-  const std::int64_t chunks = std::max<std::int64_t>(1, std::min({rows / 4, keys / 4, kMaxChunks}));  // by shapes alone
+  const std::int64_t chunks =
+      std::max<std::int64_t>(1, std::min({rows / 16, keys / 16, kMaxChunks}));  // by shapes alone
   const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
   for (std::int64_t wave = 0; wave < kv_heads; wave += at.wave) {
     const std::int64_t heads = std::min(at.wave, kv_heads - wave), parts = at.blocks + at.cells;
