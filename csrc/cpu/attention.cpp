@@ -160,13 +160,13 @@ class Block {
     for (int s = 0; s < strips; ++s)
       if (part[s].keys.begin < part[s].keys.end)
         soften_strip(part[s], tile, scores + s * kStrip * kTile, factor + s * kStrip);
-    A inverse[kGroup * kStrip];
+    Target target[kGroup];
     for (int s = 0; s < strips; ++s)
-      if (part[s].last && part[s].keys.begin < part[s].keys.end) finish(part[s].strip, inverse + s * kStrip);
+      if (part[s].last && part[s].keys.begin < part[s].keys.end) finish(part[s].strip, target[s]);
     for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>)
       for (int s = 0; s < strips; ++s)
         if (part[s].keys.begin < part[s].keys.end)
-          add_values(part[s], c, scores + s * kStrip * kTile, factor + s * kStrip, inverse + s * kStrip);
+          add_values(part[s], c, scores + s * kStrip * kTile, factor + s * kStrip, target[s]);
   }
 
   void score(const Part& part, std::int64_t j, A* scores) const {
@@ -247,19 +247,28 @@ class Block {
     return true;
   }
 
-  // 1 / total of a strip's rows, 0 where a row saw no key; and their log-sum-exp.
-  void finish(std::int64_t strip, A* inverse) const {
+  // Where a strip's rows are written, times 1 / total, which is 0 where a row saw no key.
+  struct Target {
+    T* row[kStrip];
+    A inverse[kStrip];
+    int rows;
+  };
+
+  void finish(std::int64_t strip, Target& target) const {
+    target.rows = static_cast<int>(std::min<std::int64_t>(kStrip, count_ - strip * kStrip));
     for (int r = 0; r < kStrip; ++r) {
       const std::int64_t row = strip * kStrip + r;
       const A total = sum(load(m_ + at_.total + row * V::N));
-      inverse[r] = total == 0 ? A(0) : 1 / total;
-      if (row < count_) write_lse(head_, first_ + row, m_[at_.top + row], total);
+      target.inverse[r] = total == 0 ? A(0) : 1 / total;
+      if (r >= target.rows) continue;
+      target.row[r] = head_.out_of(first_ + row);
+      write_lse(head_, first_ + row, m_[at_.top + row], total);
     }
   }
 
   // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for one strip and one panel of columns; after the strip's last
-  // tile to the output, times `inverse`.
-  void add_values(const Part& part, std::int64_t c, const A* p, const A* shrink, const A* inverse) {
+  // tile to the output.
+  void add_values(const Part& part, std::int64_t c, const A* p, const A* shrink, const Target& target) {
     A* const o = m_ + at_.out + part.strip * kStrip * at_.columns + c * kStrip;
     const A* const values = m_ + at_.value + c * tile_;
     const auto [begin, end] = part.keys;
@@ -272,14 +281,13 @@ class Block {
     }
     multiply_add<kTile, 1>(p + begin, values + begin * kPanel<A>, end - begin, acc);
     if (!part.last) return store_tile(o, kPanel<A>, acc);
-    multiply_tile(inverse, acc);
-    const std::int64_t row = first_ + part.strip * kStrip, rest = p_.value.size[3] - c;
-    const int rows = static_cast<int>(std::min<std::int64_t>(kStrip, first_ + count_ - row));
+    multiply_tile(target.inverse, acc);
+    const std::int64_t rest = p_.value.size[3] - c;
     if (rest >= kPanel<A>) {
 #pragma GCC unroll 6
       for (int r = 0; r < kStrip; ++r) {
-        if (r >= rows) return;
-        T* const to = head_.out_of(row + r) + c;
+        if (r >= target.rows) return;
+        T* const to = target.row[r] + c;
         store(to, acc[r][0]);
         store(to + V::N, acc[r][1]);
       }
@@ -287,8 +295,8 @@ class Block {
     }
     A narrow[kStrip * kPanel<A>];
     store_tile(narrow, kPanel<A>, acc);
-    for (int r = 0; r < rows; ++r) {
-      T* const to = head_.out_of(row + r) + c;
+    for (int r = 0; r < target.rows; ++r) {
+      T* const to = target.row[r] + c;
       const int w = rest >= V::N ? V::N : 0;
       const A* const from = narrow + r * kPanel<A>;
       if (w > 0) store(to, load(from));

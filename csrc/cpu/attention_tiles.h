@@ -85,13 +85,13 @@ template <class A>
 [[gnu::always_inline]] inline void multiply_add_rows(const A* a, std::int64_t row, const A* panel, std::int64_t count,
                                                      Tile<A>& acc) {
   using V = Vec<A>;
-  const A* const middle = a + 3 * row;
+  const A* const rows[kStrip] = {a, a + row, a + 2 * row, a + 3 * row, a + 4 * row, a + 5 * row};
   std::int64_t k = 0;
   const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
     const V b0 = load(panel + i * kPanel<A>), b1 = load(panel + i * kPanel<A> + V::N);
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r) {
-      const V x((r < 3 ? a : middle)[r % 3 * row + i]);
+      const V x(rows[r][i]);
       acc[r][0] = fma(x, b0, acc[r][0]);
       acc[r][1] = fma(x, b1, acc[r][1]);
     }
@@ -105,12 +105,12 @@ template <class A>
 [[gnu::always_inline]] inline void multiply_add_half(const A* a, std::int64_t row, const A* panel, std::int64_t count,
                                                      Tile<A>& acc) {
   using V = Vec<A>;
-  const A* const middle = a + 3 * row;
+  const A* const rows[kStrip] = {a, a + row, a + 2 * row, a + 3 * row, a + 4 * row, a + 5 * row};
   std::int64_t k = 0;
   const auto step = [&](std::int64_t i, int odd) __attribute__((always_inline)) {
     const V b = load(panel + i * kPanel<A>);
 #pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r) acc[r][odd] = fma(V((r < 3 ? a : middle)[r % 3 * row + i]), b, acc[r][odd]);
+    for (int r = 0; r < kStrip; ++r) acc[r][odd] = fma(V(rows[r][i]), b, acc[r][odd]);
   };
   for (; k + 2 <= count; k += 2) step(k, 0), step(k + 1, 1);
   if (k < count) step(k, 0);
