@@ -46,7 +46,7 @@ def compare(benchmark, request):
             for name in list(runs)[1:]:
                 _agree(ours(), runs[name](), tolerance)
             rounds = 3 if request.config.getoption("--short") else 25
-            seconds = measure(runs | {"fma": roofs().fma, "read": roofs().read}, rounds)
+            seconds = measure(runs | {"fma": roofs().fma, "read": roofs().read, "int8": roofs().int8}, rounds)
             row = record(case, seconds, backend_of(case.operation))
             benchmark.extra_info.update(ratio_to_torch=row.ratio_to_torch, percent_of_roof=row.percent_of_roof)
             benchmark.pedantic(ours, rounds=min(rounds, max(1, int(0.2 / seconds["ours"]))), iterations=1)

@@ -58,6 +58,7 @@ void packed_linear(const PackedLinearParams& p, std::int64_t threads);
 std::int64_t packed_linear_backward_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
 void packed_linear_backward(const PackedLinearParams& p, std::int64_t threads);
 double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
+double int8_loop(std::int64_t steps, std::int64_t threads, float* sink);
 void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);

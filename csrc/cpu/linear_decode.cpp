@@ -138,8 +138,9 @@ void dot_int8(const std::int8_t* w, std::int64_t width, const std::int16_t* x, c
 template <int M>
 void dot_int4(const std::uint8_t* w, std::int64_t width, const std::int16_t* x, const float* scaled, float (&y)[M]) {
   const std::int64_t groups = width / 32;
-  Float8 acc[M];
-  for (auto& a : acc) a = Float8::zero();
+  Float8 acc[M], more[M];  // two sums: one would wait for the latency of its own additions
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) acc[m] = more[m] = Float8::zero();
   for (std::int64_t g = 0; g < groups; g += 2) {
     const std::uint8_t* const block = w + g * 16;
     if (g % 4 == 0) prefetch(block + kAhead, 1);
@@ -150,10 +151,10 @@ void dot_int4(const std::uint8_t* w, std::int64_t width, const std::int16_t* x, 
       const Int32x8 low = dot_pairs(a.even_low, load16(q)) + dot_pairs(a.odd_low, load16(q + 16));
       const Int32x8 high = dot_pairs(a.even_high, load16(q + 32)) + dot_pairs(a.odd_high, load16(q + 48));
       acc[m] = add_scaled(low, scaled + m * groups + g, acc[m]);
-      acc[m] = add_scaled(high, scaled + m * groups + g + 1, acc[m]);
+      more[m] = add_scaled(high, scaled + m * groups + g + 1, more[m]);
     }
   }
-  for (int m = 0; m < M; ++m) y[m] += sum(acc[m]);
+  for (int m = 0; m < M; ++m) y[m] += sum(acc[m]) + sum(more[m]);
 }
 
 template <int M>

@@ -69,11 +69,13 @@ inline IntVec repeat_pair(const float* p) {
 // Whether the CPU has VNNI is asked at run time; the module is compiled without.
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 template <bool kVnni>
-inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
-  if constexpr (kVnni)
-    asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
-  else
-    acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v));
+[[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
+  if constexpr (kVnni) {
+    __m512i sum = acc.v;
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+    return {sum};
+  }
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
 }
 inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
 // Rounded to int16, to nearest even; beyond its range to the limits.
@@ -93,10 +95,14 @@ struct IntVec {
 };
 inline IntVec load_pairs(const float* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline IntVec repeat_pair(const float* p) { return {_mm256_castps_si256(_mm256_broadcast_ss(p))}; }
-inline bool has_vnni() { return false; }
+constexpr bool has_vnni() { return false; }
 template <bool kVnni>
-inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
-  acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v));
+// In assembly, since GCC finds no place for twelve sums, two vectors of weights, one of x and the product in the
+// sixteen registers, and would keep the sums in memory.
+[[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
+  __m256i sum = acc.v, product;
+  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a.v), "x"(b.v));
+  return {sum};
 }
 inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
 inline void store_rounded(std::int16_t* p, Vec<float> a) {
@@ -109,6 +115,23 @@ inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadl_epi64(reinte
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
 
 #endif
+
+// acc + products of four unsigned bytes of a with four signed ones of b; the pairs saturate without VNNI.
+template <bool kVnni>
+[[gnu::always_inline]] inline IntVec add_dot_bytes(IntVec acc, IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+  if constexpr (kVnni) {
+    __m512i sum = acc.v;
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+    return {sum};
+  }
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1)))};
+#else
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
+#endif
+}
+// Tells the compiler that it has changed.
+inline void keep(IntVec& a) { asm volatile("" : "+x"(a.v)); }
 
 // The low or the high halves of as many bytes as a Vec<float> has lanes.
 inline Vec<float> low_halves(const std::uint8_t* p) {
