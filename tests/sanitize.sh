@@ -20,4 +20,4 @@ ls qvl_kernels/_cpu_avx2*.so qvl_kernels/_cpu_avx512*.so # the tests would skip 
 export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc
 python -m pytest -p no:cacheprovider tests/test_attention.py tests/test_attention_gradients.py \
-  tests/test_attention_varlen.py tests/test_scaled_dot_product_attention.py tests/test_rms_norm.py "$@"
+  tests/test_attention_varlen.py tests/test_scaled_dot_product_attention.py tests/test_rms_norm.py tests/test_linear.py tests/test_linear_gradients.py "$@"

@@ -1,6 +1,7 @@
 // The intrinsics that only the linear kernels need, beside vec.h: products of integers, and weights from their bytes.
 //
-//   Int32x8, Int16x16, Float8   256 bits on both ISAs, for M = 1: memory sets the pace, wider ones gain nothing
+//   Int32x8, Int16x16, Float8   256 bits on both ISAs, for M = 1: a 512-bit instruction here and there would take
+//                               the second of three ports from all others
 //   IntVec                      int32 in a vector of the ISA's width, 8 or 16 lanes, for the register tile
 //
 // A product of pairs is a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], int16 times int16 in int32: `vpmaddwd`, or with VNNI
@@ -34,6 +35,14 @@ inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b
 inline Float8 add_scaled(Int32x8 a, const float* by, Float8 c) {
   return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v)};
 }
+inline Float8 load8(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Float8 load8(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline void store8(float* p, Float8 a) { _mm256_storeu_ps(p, a.v); }
+inline Float8 operator*(Float8 a, Float8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Float8 fma(Float8 a, Float8 b, Float8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Float8 a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
