@@ -112,8 +112,8 @@ def packed_linear(
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and
         rounded once. With "int8" and "int4" weights the kernels round x to 16-bit integers, a scale for each 128 of
-        them: at most 1/65534 of the largest of the 128 (with "int4" and many rows both factors are rounded: x to
-        1/16382, W to 1/4094 of the largest of the 128).
+        them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 rows both factors are rounded, x
+        to 1/16382 and W to 1/4094 of the largest of the 128.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.
