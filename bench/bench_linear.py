@@ -1,29 +1,56 @@
-"""packed_linear: y = x W^T with M rows, K = 2048, N = 6144, plain PyTorch so far.
+"""packed_linear: y = x W^T, M rows, K -> N.
 
-FLOPs: 2 M K N. Bytes: the packed weight once, x and y once. torch: F.linear on the weight in x's dtype.
+FLOPs: 2 M K N. Bytes: the packed weight once, x and y once. M = 1 and 8 take another copy of the weight with every
+call, from 400 MB of copies, as a model's layers follow each other: no cache holds it by chance. The roof of int8 and
+int4 is that of the int8 instructions (`int8_loop` in `csrc/cpu/roof.cpp`: `vpmaddubsw`, `vpmaddwd` and `vpaddd`, or
+`vpdpbusd` where AVX-512 has VNNI). torch: F.linear in float32, over copies too; for "bf16" on bfloat16 x and W where
+the CPU has an instruction for it and AVX-512 is not ruled out.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timing import Case
 
-from qvl_kernels import pack_linear, packed_linear
+from qvl_kernels import PackedWeight, pack_linear, packed_linear
 from qvl_kernels.reference import linear as reference
 
-K, N = 2048, 6144
+COPIES_BYTES = 400 << 20
+SHAPES = [(2048, 6144), (6144, 2048), (1024, 4096)]
+# What rounding x to integers may change, relative to the largest output (tests/test_linear.py derives the bounds).
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "int8": 1e-3, "int4": 2e-3}
 
 
-@pytest.mark.parametrize("format", ["fp32", "bf16"])
+def copies_of(packed: PackedWeight, rows: int) -> itertools.cycle[PackedWeight]:
+    count = 1 if rows > 64 else max(2, COPIES_BYTES // packed.nbytes)
+    names = ("weight", "scale", "minimum")
+    tensors = {name: getattr(packed, name) for name in names if getattr(packed, name) is not None}
+    return itertools.cycle(
+        [dataclasses.replace(packed, **{name: t.clone() for name, t in tensors.items()}) for _ in range(count)]
+    )
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 8, 512])
-def bench_product(compare, rows, format):
-    x, packed = torch.randn(rows, K), pack_linear(torch.randn(N, K), format=format)
-    weight = packed.weight.float()
-    bytes_ = packed.weight.nbytes + 4 * rows * (K + N)
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def bench_product(compare, k, n, rows, format):
+    x, packed = torch.randn(rows, k), pack_linear(torch.randn(n, k), format=format)
+    dense, copies = packed.dequantize(), copies_of(packed, rows)
+    native = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if format == "bf16" and native else torch.float32
+    peers = copies_of(pack_linear(dense, format="fp32" if dtype == torch.float32 else "bf16"), rows)
+    cast = x.to(dtype)
+    bytes_ = packed.nbytes + 4 * rows * (k + n)
+    roof = "int8" if format in ("int8", "int4") else "fma"
     compare(
-        Case("packed_linear", f"M = {rows}, {K} -> {N}, {format}", 2 * rows * K * N, bytes_),
-        lambda: packed_linear(x, packed),
-        lambda: reference.forward(x, packed.weight, None),
-        lambda: F.linear(x, weight),
-        1e-4,
+        Case("packed_linear", f"M = {rows}, {k} -> {n}, {format}", 2 * rows * k * n, bytes_, roof=roof),
+        lambda: packed_linear(x, next(copies)),
+        lambda: reference.forward(x, dense, None),
+        lambda: F.linear(cast, next(peers).weight),
+        TOLERANCE[format] if dtype == torch.float32 else 2e-2,
     )

@@ -46,6 +46,7 @@ class Case:
     series: str = ""
     length: int = 0
     density: float = 0.0
+    roof: str = "fma"  # or "int8": which of the roofs its FLOPs have
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Row:
     flops: float
     density: float = 0.0  # of sparse attention's pattern, with the time of our own dense kernel on the same shape
     dense_us: float = 0.0
+    int8_gops: float = 0.0
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -95,6 +97,8 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
     """Relates the times to the roof: the larger of flops / FMA peak and bytes / read bandwidth is 100 %."""
     ours = seconds["ours"]
     fma, read = roofs().fma_flops / seconds["fma"], READ_BYTES / seconds["read"]
+    int8 = roofs().int8_ops / seconds["int8"]
+    peak = int8 if case.roof == "int8" else fma
     row = Row(
         case.operation,
         case.name,
@@ -103,7 +107,7 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
         seconds["torch"] * 1e6,
         case.flops / ours / 1e9,
         case.bytes / ours / 1e9,
-        100 * max(case.flops / fma, case.bytes / read) / ours,
+        100 * max(case.flops / peak, case.bytes / read) / ours,
         seconds["torch"] / ours,
         backend,
         torch.get_num_threads(),
@@ -114,6 +118,7 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
         case.flops,
         case.density,
         seconds.get("dense", 0.0) * 1e6,
+        int8 / 1e9,
     )
     RESULTS.append(row)
     return row
@@ -121,11 +126,13 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
 
 @dataclass(frozen=True)
 class Roofs:
-    """The two loops, and the FLOPs of the first; the second reads READ_BYTES."""
+    """The loops, and what the arithmetic ones do in a call; the second reads READ_BYTES."""
 
     fma: Callable[[], object]
     fma_flops: float
     read: Callable[[], object]
+    int8: Callable[[], object]
+    int8_ops: float
 
 
 @functools.cache
@@ -135,10 +142,14 @@ def roofs() -> Roofs:
     native = [name for name in qvl_kernels.available_backends() if name.startswith("cpu")]
     if not native:
         a, b = torch.randn(2, 768, 768)
-        return Roofs(lambda: a @ b, 2.0 * 768**3, data.sum)
+        return Roofs(lambda: a @ b, 2.0 * 768**3, data.sum, lambda: a @ b, 2.0 * 768**3)
     module, sink = _backends.module(native[0], "roof"), torch.empty(256)
     return Roofs(
-        lambda: module.fma_loop(50_000, sink), module.fma_loop(1, sink) * 50_000, lambda: module.read_loop(data, sink)
+        lambda: module.fma_loop(50_000, sink),
+        module.fma_loop(1, sink) * 50_000,
+        lambda: module.read_loop(data, sink),
+        lambda: module.int8_loop(50_000, sink),
+        module.int8_loop(1, sink) * 50_000,
     )
 
 
@@ -196,6 +207,7 @@ def machine() -> dict[str, object]:
         "backends": qvl_kernels.available_backends(),
         "read_gbytes": round(median(row.read_gbytes for row in RESULTS), 1),
         "fma_gflops": round(median(row.fma_gflops for row in RESULTS), 1),
+        "int8_gops": round(median(row.int8_gops for row in RESULTS), 1),
     }
 
 

@@ -499,6 +499,13 @@ double fma_loop(std::int64_t steps, const TensorView& sink) {
   return cpu::fma_loop(steps, threads(), sink.as<float>());
 }
 
+double int8_loop(std::int64_t steps, const TensorView& sink) {
+  contiguous(sink, sink.numel(), DType::f32, sink, "int8_loop: sink");
+  require(sink.device < 0 && sink.numel() >= threads(), "int8_loop: sink");
+  py::gil_scoped_release release;
+  return cpu::int8_loop(steps, threads(), sink.as<float>());
+}
+
 void read_loop(const TensorView& data, const TensorView& sink) {
   contiguous(data, data.numel(), DType::f32, sink, "read_loop: data");
   contiguous(sink, sink.numel(), DType::f32, sink, "read_loop: sink");
@@ -529,6 +536,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("sparse_attention", &qvl::sparse_attention);
   m.def("sparse_attention_backward", &qvl::sparse_attention_backward);
   m.def("fma_loop", &qvl::fma_loop);
+  m.def("int8_loop", &qvl::int8_loop);
   m.def("read_loop", &qvl::read_loop);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
   m.def("max_threads", &qvl::threads);

@@ -21,4 +21,5 @@ export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -pri
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc
 python -m pytest -p no:cacheprovider tests/test_attention.py tests/test_attention_gradients.py \
   tests/test_attention_varlen.py tests/test_sparse_attention.py tests/test_linear_attention.py tests/test_linear_attention_gradients.py \
-  tests/test_linear_attention_varlen.py tests/test_scaled_dot_product_attention.py tests/test_rms_norm.py "$@"
+  tests/test_linear_attention_varlen.py tests/test_scaled_dot_product_attention.py tests/test_rms_norm.py \
+  tests/test_linear.py tests/test_linear_gradients.py "$@"

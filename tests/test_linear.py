@@ -19,6 +19,7 @@ from qvl_kernels import PackedLinear, PackedWeight, gelu_tanh, pack_linear, pack
 
 BACKENDS = backends_of("packed_linear")
 FORMATS = ["fp32", "bf16", "int8", "int4"]
+FEW_ROWS = 16
 # (M, K, N): M = 1 with every remainder of K and N that a kernel can have, the borders between its regimes, and tiles.
 SHAPES = [
     *((1, k, 5) for k in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 111, 127, 128, 129, 255, 257, 300, 640)),
@@ -42,7 +43,7 @@ def rounding_of_factors(x, weight, format):
     x, weight = x.double(), weight.double()
     if format not in ("int8", "int4") or not x.numel() or not weight.numel():
         return torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
-    x_step, w_step = (1 / 16382, 1 / 4094) if format == "int4" else (1 / 65534, 0.0)
+    x_step, w_step = (1 / 16382, 1 / 4094) if format == "int4" and x.shape[0] > FEW_ROWS else (1 / 65534, 0.0)
     dx, dw = group_maximum(x) * x_step, group_maximum(weight) * w_step
     return dx @ weight.abs().T + (x.abs() + dx) @ dw.T
 

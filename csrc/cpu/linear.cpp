@@ -93,9 +93,18 @@ struct Integers {
   }
   static std::int64_t steps_at(std::int64_t depth) { return depth / 2 * kStrip + kStripSlack; }
 
+  static void transpose(const float* const (&rows)[8], float* to, std::int64_t stride) {
+    for (int i = 0; i < kPairs; i += 8) {
+      const float* from[8];
+      for (int j = 0; j < 8; ++j) from[j] = rows[j] + i;
+      transpose8x8(from, to + i * stride, stride);
+    }
+  }
   template <class T>
   static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
     float pairs[kStrip][kPairs], wide[kBlock];
+    const float* eight[8];
+    for (int i = 0; i < 8; ++i) eight[i] = pairs[std::min(i, kStrip - 1)];
     for (std::int64_t k = 0; k < depth; k += kBlock) {
       for (int r = 0; r < kStrip; ++r) {
         const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
@@ -104,7 +113,7 @@ struct Integers {
         strip[steps_at(depth) + k / kBlock * kStrip + r] =
             quantize_block(wide, most_x(p), reinterpret_cast<std::int16_t*>(pairs[r]));
       }
-      to_strip(pairs[0], kPairs, kPairs, strip + k / 2 * kStrip);
+      transpose(eight, strip + k / 2 * kStrip, kStrip);
     }
   }
   // 128 weights of one row as integers; returns their scale.
@@ -135,7 +144,7 @@ struct Integers {
           else
             std::fill_n(pairs[i], kPairs, 0.0f);
         }
-        transpose_eight(eight, kPairs, panel + b / 2 * kWidth + j, kWidth);
+        transpose(eight, panel + b / 2 * kWidth + j, kWidth);
       }
   }
   static void add(const float* strip, std::int64_t whole, const float* panel, std::int64_t k, std::int64_t depth,
@@ -144,18 +153,20 @@ struct Integers {
       add_block(strip + (k + b) / 2 * kStrip, strip + steps_at(whole) + (k + b) / kBlock * kStrip,
                 panel + b / 2 * kWidth, panel + kDepth / 2 * kWidth + b / kBlock * kWidth, sums);
   }
-  static void add_block(const float* strip, const float* steps, const float* panel, const float* scales, float* sums) {
+  // Not inlined: GCC then keeps the twelve sums in registers, which are all that AVX2 has but four.
+  [[gnu::noinline]] static void add_block(const float* strip, const float* steps, const float* panel,
+                                          const float* scales, float* sums) {
     using V = Vec<float>;
     IntVec acc[kStrip][2];
 #pragma GCC unroll 6
-    for (auto& row : acc) row[0] = IntVec::zero(), row[1] = IntVec::zero();
+    for (int r = 0; r < kStrip; ++r) acc[r][0] = acc[r][1] = IntVec::zero();
     for (int i = 0; i < kPairs; ++i, strip += kStrip, panel += kWidth) {
       const IntVec w0 = load_pairs(panel), w1 = load_pairs(panel + V::N);
 #pragma GCC unroll 6
       for (int r = 0; r < kStrip; ++r) {
         const IntVec x = repeat_pair(strip + r);
-        add_dot_pairs<kVnni>(acc[r][0], w0, x);
-        add_dot_pairs<kVnni>(acc[r][1], w1, x);
+        acc[r][0] = add_dot_pairs<kVnni>(acc[r][0], w0, x);
+        acc[r][1] = add_dot_pairs<kVnni>(acc[r][1], w1, x);
       }
     }
     const V s0 = load(scales), s1 = load(scales + V::N);
@@ -233,7 +244,8 @@ template <class F>
 void with_product(const PackedLinearParams& p, const F& f) {
   const std::int64_t k = p.x.size[1];
   if (!is_quantized(p)) return f(Floats<false>{}, k);
-  if (has_vnni()) return f(Integers<true>{}, round_up(k, kBlock));
+  if constexpr (IntVec::N == 16)
+    if (has_vnni()) return f(Integers<true>{}, round_up(k, kBlock));
   return f(Integers<false>{}, round_up(k, kBlock));
 }
 

@@ -93,24 +93,25 @@ void floats(const PackedLinearParams& p, const Layout& at, std::int64_t first, s
 template <int M>
 void scale_groups(const PackedLinearParams& p, const Layout& at, std::int64_t n, std::int64_t row, float* scaled,
                   float (&y)[M]) {
-  using V = Vec<float>;
   const bf16* const scale = p.scale.as<bf16>() + n * at.groups;
+  const bf16* const minimum = p.minimum.as<bf16>() + n * at.groups;
   const float* const memory = p.scratch.as<float>();
   const bool shifted = p.minimum.data != nullptr;
   for (int m = 0; m < M; ++m) {
     const float *step = memory + at.step + (row + m) * at.groups, *total = memory + at.sum + (row + m) * at.groups;
-    V shift = V::zero();
-    for (std::int64_t g = 0; g < at.groups; g += V::N) {
-      const std::int64_t left = std::min<std::int64_t>(V::N, at.groups - g);
-      const V product = load_up_to(scale + g, left) * load_up_to(step + g, left);
-      if (left == V::N)
-        store(scaled + m * at.groups + g, product);
-      else
-        store(scaled + m * at.groups + g, product, static_cast<int>(left));
-      if (shifted)
-        shift = fma(load_up_to(p.minimum.as<bf16>() + n * at.groups + g, left), load_up_to(total + g, left), shift);
+    float* const to = scaled + m * at.groups;
+    Float8 shift = Float8::zero();
+    float rest = 0.0f;
+    std::int64_t g = 0;
+    for (; g + 8 <= at.groups; g += 8) {
+      store8(to + g, load8(scale + g) * load8(step + g));
+      if (shifted) shift = fma(load8(minimum + g), load8(total + g), shift);
     }
-    y[m] = sum(shift);
+    for (; g < at.groups; ++g) {
+      to[g] = bf16_at(p.scale, n * at.groups + g) * step[g];
+      if (shifted) rest += bf16_at(p.minimum, n * at.groups + g) * total[g];
+    }
+    y[m] = sum(shift) + rest;
   }
 }
 
@@ -138,22 +139,25 @@ void dot_int8(const std::int8_t* w, std::int64_t width, const std::int16_t* x, c
 template <int M>
 void dot_int4(const std::uint8_t* w, std::int64_t width, const std::int16_t* x, const float* scaled, float (&y)[M]) {
   const std::int64_t groups = width / 32;
-  Float8 acc[M];
-  for (auto& a : acc) a = Float8::zero();
-  for (std::int64_t g = 0; g < groups; g += 2) {
-    const std::uint8_t* const block = w + g * 16;
-    if (g % 4 == 0) prefetch(block + kAhead, 1);
-    const Nibbles a = nibbles(block);
+  Float8 acc[M], more[M];  // two sums: one would wait for the latency of its own additions
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const std::int16_t* const q = x + m * width + g * 32;
-      const Int32x8 low = dot_pairs(a.even_low, load16(q)) + dot_pairs(a.odd_low, load16(q + 16));
-      const Int32x8 high = dot_pairs(a.even_high, load16(q + 32)) + dot_pairs(a.odd_high, load16(q + 48));
-      acc[m] = add_scaled(low, scaled + m * groups + g, acc[m]);
-      acc[m] = add_scaled(high, scaled + m * groups + g + 1, acc[m]);
+  for (int m = 0; m < M; ++m) acc[m] = more[m] = Float8::zero();
+  for (std::int64_t g = 0; g < groups; g += 4) {
+    prefetch(w + g * 16 + kAhead, 1);
+#pragma GCC unroll 2
+    for (int part = 0; part < 4; part += 2) {
+      const Nibbles a = nibbles(w + (g + part) * 16);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const std::int16_t* const q = x + m * width + (g + part) * 32;
+        const float* const by = scaled + m * groups + g + part;
+        acc[m] = add_scaled(dot_pairs(a.even_low, load16(q)) + dot_pairs(a.odd_low, load16(q + 16)), by, acc[m]);
+        more[m] =
+            add_scaled(dot_pairs(a.even_high, load16(q + 32)) + dot_pairs(a.odd_high, load16(q + 48)), by + 1, more[m]);
+      }
     }
   }
-  for (int m = 0; m < M; ++m) y[m] += sum(acc[m]);
+  for (int m = 0; m < M; ++m) y[m] += sum(acc[m]) + sum(more[m]);
 }
 
 template <int M>

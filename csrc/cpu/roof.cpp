@@ -3,7 +3,7 @@
 
 #include "../params.h"
 #include "parallel.h"
-#include "vec.h"
+#include "vec_linear.h"
 
 namespace qvl::cpu {
 
@@ -24,6 +24,36 @@ double fma_loop(std::int64_t steps, std::int64_t threads, float* sink) {
     }
   });
   return 2.0 * V::N * 12 * static_cast<double>(steps) * static_cast<double>(threads);
+}
+
+template <bool kVnni>
+void int8_steps(std::int64_t steps, float* sink) {
+  IntVec acc[10], x = repeat_pair(sink), y = repeat_pair(sink + 1);
+  for (int i = 0; i < 10; ++i) acc[i] = repeat_pair(sink + i % 2);
+  for (std::int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 10
+    for (auto& a : acc) a = add_dot_bytes<kVnni>(a, x, y);
+    keep(x);  // the products of one step are not those of the next
+  }
+  IntVec total = acc[0];
+  for (int i = 1; i < 10; ++i) total = add_dot_bytes<kVnni>(total, acc[i], y);
+  *sink = sum(to_float(total));
+}
+
+// The same with products of 8-bit integers, summed in 32 bits: `vpdpbusd` where the CPU has it, else `vpmaddubsw`,
+// `vpmaddwd` and `vpaddd`, ten at a time. What 8-bit weights could reach with 8-bit (7-bit, without VNNI) activations.
+double int8_loop(std::int64_t steps, std::int64_t threads, float* sink) {
+  parallel_for(threads, kSerialElements, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t thread = begin; thread < end; ++thread) {
+      float own[2] = {1.0f, 2.0f};
+      if (has_vnni())
+        int8_steps<true>(steps, own);
+      else
+        int8_steps<false>(steps, own);
+      sink[thread] = own[0];
+    }
+  });
+  return 2.0 * 4 * IntVec::N * 10 * static_cast<double>(steps) * static_cast<double>(threads);
 }
 
 // Reads n floats once, each thread its own part, 8 vectors in flight.

@@ -1,6 +1,7 @@
 // The intrinsics that only the linear kernels need, beside vec.h: products of integers, and weights from their bytes.
 //
-//   Int32x8, Int16x16, Float8   256 bits on both ISAs, for M = 1: memory sets the pace, wider ones gain nothing
+//   Int32x8, Int16x16, Float8   256 bits on both ISAs, for M = 1: a 512-bit instruction here and there would take
+//                               the second of three ports from all others
 //   IntVec                      int32 in a vector of the ISA's width, 8 or 16 lanes, for the register tile
 //
 // A product of pairs is a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], int16 times int16 in int32: `vpmaddwd`, or with VNNI
@@ -34,6 +35,14 @@ inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b
 inline Float8 add_scaled(Int32x8 a, const float* by, Float8 c) {
   return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v)};
 }
+inline Float8 load8(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Float8 load8(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline void store8(float* p, Float8 a) { _mm256_storeu_ps(p, a.v); }
+inline Float8 operator*(Float8 a, Float8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Float8 fma(Float8 a, Float8 b, Float8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Float8 a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -69,11 +78,13 @@ inline IntVec repeat_pair(const float* p) {
 // Whether the CPU has VNNI is asked at run time; the module is compiled without.
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 template <bool kVnni>
-inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
-  if constexpr (kVnni)
-    asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
-  else
-    acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v));
+[[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
+  if constexpr (kVnni) {
+    __m512i sum = acc.v;
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+    return {sum};
+  }
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
 }
 inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
@@ -89,10 +100,14 @@ struct IntVec {
 };
 inline IntVec load_pairs(const float* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline IntVec repeat_pair(const float* p) { return {_mm256_castps_si256(_mm256_broadcast_ss(p))}; }
-inline bool has_vnni() { return false; }
+constexpr bool has_vnni() { return false; }
 template <bool kVnni>
-inline void add_dot_pairs(IntVec& acc, IntVec a, IntVec b) {
-  acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v));
+// In assembly, since GCC finds no place for twelve sums, two vectors of weights, one of x and the product in the
+// sixteen registers, and would keep the sums in memory.
+[[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
+  __m256i sum = acc.v, product;
+  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a.v), "x"(b.v));
+  return {sum};
 }
 inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
@@ -100,6 +115,23 @@ inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadl_epi64(reinte
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
 
 #endif
+
+// acc + products of four unsigned bytes of a with four signed ones of b; the pairs saturate without VNNI.
+template <bool kVnni>
+[[gnu::always_inline]] inline IntVec add_dot_bytes(IntVec acc, IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+  if constexpr (kVnni) {
+    __m512i sum = acc.v;
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+    return {sum};
+  }
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1)))};
+#else
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
+#endif
+}
+// Tells the compiler that it has changed.
+inline void keep(IntVec& a) { asm volatile("" : "+x"(a.v)); }
 
 // The low or the high halves of as many bytes as a Vec<float> has lanes.
 inline Vec<float> low_halves(const std::uint8_t* p) {
