@@ -1,6 +1,6 @@
 """Builds the native modules with ninja, without torch and without a CUDA toolkit.
 
-    _cpu_avx2, _cpu_avx512   csrc/bindings.cpp + csrc/cpu/*.cpp, the same sources once per instruction set
+    _cpu_avx2, _cpu_avx512   csrc/bindings*.cpp + csrc/cpu/*.cpp, the same sources once per instruction set
     _cuda                    csrc/cuda/*.cpp: the driver side, opens libcuda at run time
     cuda_images/             csrc/cuda/*.cu through NVRTC: sm_61 cubin and compute_61 PTX
 
@@ -120,7 +120,7 @@ def ninja_file(package, folder):
     ]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     parts = {}
-    cpu_sources = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
+    cpu_sources = [*sources("csrc/bindings*.cpp"), *sources("csrc/cpu/*.cpp")]
     for module, sources_, isa in [
         *((name, cpu_sources, isa) for name, isa in ISA_FLAGS.items()),
         ("_cuda", sources("csrc/cuda/*.cpp"), ""),

@@ -14,6 +14,7 @@ from .linear import PackedLinear, PackedWeight, pack_linear, packed_linear
 from .linear_attention import LinearAttentionState, linear_attention
 from .linear_attention_varlen import linear_attention_varlen
 from .norm_rotary import norm_rotary
+from .optimize import optimize
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
@@ -37,6 +38,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_varlen",
     "norm_rotary",
+    "optimize",
     "pack_linear",
     "packed_linear",
     "quantize_kv",

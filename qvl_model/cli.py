@@ -1,4 +1,4 @@
-"""The command `qvl`: ask, chat, eval, info.
+"""The command `qvl`: ask, chat, eval, pack, info.
 
 Nothing heavy is imported at the top: `qvl --help` answers at once, and `qvl ask` looks at the images before it loads a
 model. An error is one line on stderr and exit code 1; with QVL_DEBUG=1 it is a traceback.
@@ -79,8 +79,8 @@ ModelOption = Annotated[
 WeightsOption = Annotated[
     str,
     typer.Option(
-        help="Number format of the weights: fp32, bf16, or auto (the checkpoint's own, bf16 where fp32 would not fit; "
-        "fp32 for the small model that ships)."
+        help="Number format of the weights: fp32, bf16, int8, int4, or auto (the checkpoint's own, smaller where that "
+        "would not fit; fp32 for the small model that ships)."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -316,6 +316,43 @@ def evaluate(
         write_then_rename(json_file, lambda file: file.write_text(report.to_json(), encoding="utf-8"))
     if len(report.records) < report.asked:
         raise typer.Exit(130)
+
+
+@app.command()
+def pack(
+    checkpoint: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="A released checkpoint: folder or hub id.")],
+    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    weights: Annotated[str, typer.Option(help="bf16, int8 (half of it) or int4 (a third).")] = "int8",
+    verify: Annotated[bool, typer.Option("--verify", help="Only compare a packed folder with its checksums.")] = False,
+) -> None:
+    """Write a checkpoint with packed weights, which load by mapping the file: nothing is read before it is used.
+
+    One matrix at a time is in memory. A run that was cut off goes on where it stopped; only a complete file loads.
+
+    Examples:
+
+    `qvl pack Qwen/Qwen3-VL-2B-Instruct ./qwen-int8 --weights int8`
+
+    `qvl pack ./qwen-int8 --verify`
+    """
+    from tqdm import tqdm
+
+    from .pack_file import pack_checkpoint
+    from .pack_file import verify as verify_checksums
+    from .packing import FORMATS
+
+    if verify == (out is not None):
+        raise ValueError("give a checkpoint and the folder to write, or a packed folder and --verify")
+    if weights not in FORMATS:
+        raise ValueError(f"--weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+    with tqdm(unit="tensor", leave=False, delay=1.0, disable=None) as bar:
+        if out is None:
+            count = verify_checksums(checkpoint, lambda name: bar.update())
+            typer.echo(f"{checkpoint}: all {count} tensors have their checksums")
+        else:
+            folder = pack_checkpoint(checkpoint, out, weights, lambda name: bar.update())
+            nbytes = sum(file.stat().st_size for file in folder.iterdir())
+            typer.echo(f"{folder}: {nbytes / 2**20:.1f} MiB, packed as {weights}")
 
 
 @app.command()

@@ -82,7 +82,7 @@ def pack_checkpoint(
     with torch.device("meta"):
         released, packed = Qwen3VL(config), Qwen3VL(config)
     check_tensors(stored, released, folder)
-    table = stored_dtype(stored)
+    table = torch.bfloat16 if weights == "bf16" else stored_dtype(stored)
     expect_packed(packed, weights, joined=True, stored=table)
     layout = _layout(packed)
     target = Path(out)

@@ -320,6 +320,7 @@ def load_pretrained(
         chosen = choose_format(stored.values(), weights, budget, target)
     table = stored_dtype(stored)
     if config.weights or (chosen == "bf16" and target.type == "cpu"):
+        table = torch.bfloat16 if chosen == "bf16" else table
         expect_packed(model, chosen, joined=bool(config.weights), stored=table)
     else:
         model.to(torch.float32 if chosen == "fp32" else table if chosen != "bf16" else torch.bfloat16)

@@ -14,11 +14,13 @@ from cuda_images import FOLDER, cuda_module
 MODULE = cuda_module().__file__
 HERE = Path(__file__).resolve().parent
 
-# A Python with no torch in it: the binding only asks for its dtypes and for what a tensor has.
+# A Python with no torch in it: the binding only asks for its dtypes, its tensor types and for what a tensor has.
 LOAD = f"""
 import importlib.util, sys, types
 names = "float32 bfloat16 float16 float64 int8 uint8 int32 int64 bool".split()
-torch = sys.modules["torch"] = types.SimpleNamespace(**{{name: object() for name in names}})
+class Tensor: pass
+torch = sys.modules["torch"] = types.SimpleNamespace(**{{name: object() for name in names}}, Tensor=Tensor)
+torch.nn = types.SimpleNamespace(Parameter=Tensor)
 spec = importlib.util.spec_from_file_location("_cuda", {MODULE!r})
 _cuda = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_cuda)

@@ -122,7 +122,10 @@ def test_an_int8_cache_holds_what_quantize_kv_says():
         steps.append(kind.text(1, query[:, :, part], key[:, :, part], value[:, :, part], step))
         cache.advance(torch.tensor([part.stop - part.start] * 2))
     rounded = [(x * scale[..., None]) for x, scale in map(quantize_kv, (key, value))]
-    torch.testing.assert_close(torch.cat(steps, 2), attention(query, *rounded, causal=True), rtol=1e-5, atol=1e-5)
+    # Few queries are rounded to 15 bits: a score is off by |q|_max |k|_1 / 65534, an output by twice that |v|.
+    score = query.abs().max() / 4 * rounded[0].abs().sum(-1).max() / 65534
+    bound = (2 * score * value.abs().max()).item() + 1e-6
+    torch.testing.assert_close(torch.cat(steps, 2), attention(query, *rounded, causal=True), rtol=0, atol=bound)
     elements = 2 * text.num_hidden_layers * 2 * text.num_key_value_heads * 12
     assert cache.nbytes == elements * (text.head_dim + 4)
 

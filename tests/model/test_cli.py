@@ -303,3 +303,28 @@ def test_info_describes_the_shipped_model():
     result = run("info")
     assert result.exit_code == 0, result.stderr
     assert "reference" in result.stdout
+
+
+def test_pack_then_ask(folder, tmp_path):
+    out = tmp_path / "packed"
+    result = run("pack", folder, out, "--weights", "int8")
+    assert result.exit_code == 0, result.stderr
+    assert "packed as int8" in result.stdout
+    assert "all " in run("pack", out, "--verify").stdout
+    options = ["--max-new-tokens", 8, "What?"]
+    assert (
+        run("ask", "--model", out, *options).stdout
+        == run("ask", "--model", folder, "--weights", "int8", *options).stdout
+    )
+    assert "give a checkpoint and the folder to write" in refused("pack", folder)
+    assert "--weights must be one of bf16, int8, int4" in refused("pack", folder, out, "--weights", "fp32")
+
+
+def test_attention_by_name(folder, loaded):
+    options = ["ask", "--model", folder, "--max-new-tokens", 8, "What?"]
+    exact = run(*options).stdout
+    assert run(*options, "--attention", "sparse:sliding_window=500").stdout == exact
+    layers = loaded.config.text.num_hidden_layers
+    each = [word for _ in range(layers) for word in ("--attention", "linear:elu")]
+    assert run(*options, *each).stdout != exact
+    assert "attention must be one of fused" in refused(*options, "--attention", "magic")

@@ -288,6 +288,9 @@ def test_answers_of_a_batch_are_those_of_the_questions_alone(loaded):
 def test_bfloat16_generates_with_an_image(folder):
     model = Qwen3VL.from_pretrained(folder, weights="bf16")
     assert isinstance(model.chat("Describe", images=[picture()], max_new_tokens=4, ignore_eos=True), str)
+    assert model.new_cache(1, 8).dtype == torch.bfloat16
+    model = Qwen3VL.from_pretrained(folder, weights="fp32").to(torch.bfloat16)  # torch's own products
+    assert isinstance(model.chat("Describe", images=[picture()], max_new_tokens=4, ignore_eos=True), str)
     assert model.dtype == torch.bfloat16
 
 

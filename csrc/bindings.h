@@ -1,0 +1,37 @@
+// What the files of the CPU module's bindings share.
+//
+// Python has validated the arguments and allocated every output. What is checked again is what memory safety needs:
+// devices, dtypes, element counts and the layout that a kernel assumes. Kernels run without the GIL.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <utility>
+
+#include "checks.h"
+#include "cpu/parallel.h"
+#include "params.h"
+
+namespace qvl {
+
+namespace py = pybind11;
+using Optional = std::optional<TensorView>;
+
+// bindings_attention.cpp: softmax, sparse and linear attention.
+void define_attention(py::module_& m);
+
+inline bool unit_stride(const TensorView& t) {
+  return t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0;
+}
+
+inline bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> shape) {
+  return t.device < 0 && t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.size);
+}
+
+inline std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
+
+}  // namespace qvl
