@@ -49,10 +49,14 @@ Head<T> head_of(const SparseAttentionParams& p, const Sharing& sharing, std::int
   return head;
 }
 
-// How many keys of the front row `row` may see.
+// How many keys of the front the query, or row `row`, may see.
+template <class T>
+std::int64_t limit_of_query(const AttentionParams& p, const Head<T>& head, std::int64_t query) {
+  return p.causal ? std::clamp<std::int64_t>(head.len_k - head.len_q + query + 1, 0, head.len_k) : head.len_k;
+}
 template <class T>
 std::int64_t limit_of(const AttentionParams& p, const Head<T>& head, std::int64_t row) {
-  return p.causal ? std::clamp<std::int64_t>(head.position(row) + 1, 0, head.len_k) : head.len_k;
+  return limit_of_query(p, head, p.causal ? row / head.group : 0);
 }
 
 // Calls f(Cell) for the cells below `end` that query block `block` of a query head lists: full blocks, then partial.
@@ -89,20 +93,24 @@ struct Words {
   }
 };
 
-// Of rows [first, first + kStrip) of a head; those from `count` on see nothing, or what the last one does. `block` is
-// the query block's first position.
+// Of rows [first, first + kStrip) of a head; those from `count` on see what the last one does. `block` is the query
+// block's first position. Most cells are full: they cost no division.
 template <class T>
 Words words_of(const SparseAttentionParams& p, const Head<T>& head, Cell cell, std::int64_t block, std::int64_t first,
                std::int64_t count) {
-  Words w{{}, 0, ~0ull};
   const std::int64_t width = cell_of(p);
+  const std::uint64_t whole = width == 64 ? ~0ull : (1ull << width) - 1;
+  if (cell.bits == nullptr && cell.key + width <= limit_of(p.attention, head, first))
+    return {{whole, whole, whole, whole, whole, whole}, whole, whole};
+  Words w{{}, 0, ~0ull};
+  std::int64_t query = first / head.group, of_group = first % head.group;
   for (int r = 0; r < kStrip; ++r) {
-    const std::int64_t row = std::min(first + r, count - 1);
-    const std::int64_t seen = std::clamp<std::int64_t>(limit_of(p.attention, head, row) - cell.key, 0, width);
+    if (r > 0 && first + r < count && ++of_group == head.group) of_group = 0, ++query;
+    const std::int64_t seen = std::clamp<std::int64_t>(limit_of_query(p.attention, head, query) - cell.key, 0, width);
     std::uint64_t word = seen == 64 ? ~0ull : (1ull << seen) - 1;
     if (cell.bits != nullptr) {
       std::uint64_t bits = 0;
-      std::memcpy(&bits, cell.bits + (row / head.group - block) * p.block / 8, static_cast<std::size_t>(width / 8));
+      std::memcpy(&bits, cell.bits + (query - block) * p.block / 8, static_cast<std::size_t>(width / 8));
       word &= bits;
     }
     w.row[r] = word, w.any |= word, w.all &= word;
