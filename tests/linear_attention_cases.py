@@ -40,14 +40,9 @@ def phi_of(x: Tensor, map_: torch.nn.Module) -> Tensor:
     return (x @ map_.weight.to(x.dtype)).square()
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, map_, *, causal=False, key_mask=None) -> Tensor:
-    """sum_j phi(q).phi(k_j) v_j / sum_j phi(q).phi(k_j), all weights at once, in q's dtype (16-bit ones: in float32,
-    where exponentials do not overflow, and rounded once); zeros without a key."""
-    if q.element_size() == 2:
-        wide = (x.float() for x in (q, k, v))
-        return definition(*wide, map_, causal=causal, key_mask=key_mask).to(q.dtype)
-    group = q.shape[1] // k.shape[1]
-    phi_k, v = phi_of(k, map_).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+def weights_of(q: Tensor, k: Tensor, map_, *, causal=False, key_mask=None) -> tuple[Tensor, Tensor]:
+    """phi(q_i).phi(k_j) where i sees j, else 0, (B, Hq, Lq, Lk), and its sum over j, 1 where it is 0."""
+    phi_k = phi_of(k, map_).repeat_interleave(q.shape[1] // k.shape[1], 1)
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     if causal:
         seen = seen.tril(k.shape[2] - q.shape[2])
@@ -56,12 +51,29 @@ def definition(q: Tensor, k: Tensor, v: Tensor, map_, *, causal=False, key_mask=
         seen = seen & key_mask[:, None, None, :]
     weights = (phi_of(q, map_) @ phi_k.transpose(-1, -2)).masked_fill(~seen, 0.0)
     total = weights.sum(-1, keepdim=True)
-    return (weights @ v) / total.masked_fill(total == 0, 1.0)
+    return weights, total.masked_fill(total == 0, 1.0)
 
 
-def size_of_exponents(q: Tensor, k: Tensor, map_) -> float:
-    """The exponential turns an exponent's absolute error into a relative one of the result: the largest exponent."""
+def definition(q: Tensor, k: Tensor, v: Tensor, map_, **options) -> Tensor:
+    """sum_j phi(q).phi(k_j) v_j / sum_j phi(q).phi(k_j), all weights at once, in q's dtype (16-bit ones: in float32,
+    where exponentials do not overflow, and rounded once); zeros without a key."""
+    if q.element_size() == 2:
+        return definition(*(x.float() for x in (q, k, v)), map_, **options).to(q.dtype)
+    weights, total = weights_of(q, k, map_, **options)
+    return (weights @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)) / total
+
+
+def bound_size(q: Tensor, k: Tensor, v: Tensor, map_) -> float:
+    """What float32's roundings are relative to: the largest value, times the largest exponent, as the exponential turns
+    an exponent's absolute error into a relative one of the result. 16-bit dtypes round once: the result's own size."""
+    if q.element_size() == 2 or not v.numel():
+        return 0.0
+    return exponent_size(q, k, map_) * v.abs().max().item()
+
+
+def exponent_size(q: Tensor, k: Tensor, map_) -> float:
     if not isinstance(map_, FavorFeatures) or not q.numel() or not k.numel():
         return 1.0
-    largest = max(x.double().square().sum(-1).max().item() for x in (q, k)) / q.shape[-1] ** 0.5
-    return max(1.0, map_.projection.double().norm(dim=-1).max().item() * largest**0.5 + largest / 2)
+    rows = [x.double().flatten(0, 2) / x.shape[-1] ** 0.25 for x in (q, k)]
+    projected = max((x @ map_.projection.double().T).abs().max().item() for x in rows)
+    return max(1.0, projected + max(x.square().sum(-1).max().item() for x in rows) / 2)

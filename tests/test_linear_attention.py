@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_attention_cases import definition, feature_map, size_of_exponents
+from linear_attention_cases import bound_size, definition, feature_map
 from torch import Tensor
 from utils import DTYPES, assert_close, backends_of, device_of, on, qkv
 
@@ -27,8 +27,7 @@ def check(backend: str, q: Tensor, k: Tensor, v: Tensor, map_, **options) -> Non
     with torch.no_grad():
         exact = definition(q.double(), k.double(), v.double(), map_, **options)
         plain = definition(q, k, v, map_, **options)
-    largest = size_of_exponents(q, k, map_) * (v.abs().max().item() if v.numel() else 0.0)
-    assert_close("out", ours, exact, plain, k.shape[2] + q.shape[-1], largest=largest)
+    assert_close("out", ours, exact, plain, k.shape[2] + q.shape[-1], largest=bound_size(q, k, v, map_))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -168,7 +167,7 @@ def test_streaming_in_any_split_is_the_whole(backend, name, ends, dtype):
         whole, after, pieces, state = whole_and_pieces(q, k, v, map_, ends)
         exact = definition(q.double(), k.double(), v.double(), map_, causal=True)
         plain = definition(q, k, v, map_, causal=True)
-    largest = size_of_exponents(q, k, map_) * v.abs().max().item()
+    largest = bound_size(q, k, v, map_)
     for out in (whole, pieces):
         assert_close("out", out, exact, plain, 216, largest=largest)
     for got, wanted in zip(state[:2], after[:2]):
@@ -183,7 +182,7 @@ def test_a_decoded_sequence_is_the_whole(backend):
     with on(backend):
         whole, _, pieces, _ = whole_and_pieces(q, k, v, favor, list(range(1, 131)))
     exact = definition(q.double(), k.double(), v.double(), favor, causal=True)
-    largest = size_of_exponents(q, k, favor) * v.abs().max().item()
+    largest = bound_size(q, k, v, favor)
     for out in (whole, pieces):
         assert_close("out", out, exact, out, 146, largest=largest)
 
@@ -237,7 +236,7 @@ def test_states_pass_between_backends(backend):
             _, state = linear_attention(*cut, feature_map=favor, causal=True, return_state=True)
         with on(second):
             out = linear_attention(*rest, feature_map=favor, causal=True, state=state)
-        assert_close("out", out, exact, out, 128, largest=size_of_exponents(q, k, favor) * v.abs().max().item())
+        assert_close("out", out, exact, out, 128, largest=bound_size(q, k, v, favor))
 
 
 @pytest.mark.parametrize("heads", [1, 3, 8])

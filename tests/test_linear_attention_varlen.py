@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_attention_cases import definition, feature_map, size_of_exponents
+from linear_attention_cases import bound_size, definition, feature_map
 from utils import DTYPES, assert_close, backends_of, device_of, on
 
 from qvl_kernels import EluFeatures, linear_attention_varlen
@@ -43,8 +43,8 @@ def test_segments_are_independent(backend, lengths_q, lengths_k, name, causal, d
         ours = linear_attention_varlen(q, k, v, *offsets, feature_map=map_, causal=causal)
         exact = one_by_one(q.double(), k.double(), v.double(), lengths_q, lengths_k, map_, causal)
         plain = one_by_one(q, k, v, lengths_q, lengths_k, map_, causal)
-    largest = size_of_exponents(q, k, map_) * (v.abs().max().item() if v.numel() else 0.0)
-    assert_close("out", ours, exact, plain, max(lengths_k) + 8, largest=largest)
+    size = bound_size(*(x[None] for x in (q, k, v)), map_)
+    assert_close("out", ours, exact, plain, max(lengths_k) + 8, largest=size)
 
 
 @pytest.mark.parametrize("causal", [False, True])
