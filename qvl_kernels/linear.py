@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from ._tensors import unit_stride
 from .reference import linear as reference
 
 ACTIVATIONS = (None, "gelu_tanh", "swiglu")
-_ROWS_FOR_TORCH = 32
 
 
 @dataclass(frozen=True)
@@ -275,8 +273,6 @@ class _Native:
         activation: str | None,
         residual: Tensor | None,
     ) -> Tensor:
-        if activation is None and residual is None and self._leaves_to_torch(x, weight):
-            return reference.forward(x, weight, bias)
         y = x.new_empty((*x.shape[:-1], _outputs(weight, activation)))
         rows = _matrix(x)
         outputs = y.view(rows.shape[0], y.shape[-1])
@@ -284,13 +280,6 @@ class _Native:
         operands = rows, weight.contiguous(), scale, minimum, bias, added, outputs
         self._call("packed_linear", *operands, last=(ACTIVATIONS.index(activation),))
         return y
-
-    def _leaves_to_torch(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether torch's own product is the fastest: bfloat16 times bfloat16, many rows, on a CPU that has an
-        instruction for it (`vdpbf16ps`: up to twice the rate of float32; tiles: more). The sums are float32 too."""
-        if self.backend != "cpu_avx512" or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-            return False
-        return x.numel() >= _ROWS_FOR_TORCH * x.shape[-1] and _has_bf16_dot()
 
     def backward(
         self, grad: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, in_features: int
@@ -309,11 +298,6 @@ class _Native:
             scratch = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
         while needed := kernel(*tensors, scratch, *last):
             scratch = self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
-
-
-@functools.cache
-def _has_bf16_dot() -> bool:
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def _matrix(x: Tensor) -> Tensor:
