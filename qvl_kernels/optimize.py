@@ -144,11 +144,12 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _attention(model: nn.Module) -> str:
-    if hasattr(model, "set_attn_implementation"):
+    switch: Any = getattr(model, "set_attn_implementation", None)
+    if switch is not None:
         from .integrations.transformers import NAME, register
 
         register()
-        model.set_attn_implementation(NAME)
+        switch(NAME)
         return f'attn_implementation="{NAME}"'
     forward: Callable[..., Any] = model.forward
 

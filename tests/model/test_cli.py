@@ -198,7 +198,7 @@ def test_help_explains_every_option_with_an_example(command):
     for line in re.findall(r"│ +--.*│", result.stdout):
         assert re.search(r"  \S.*\S  ", line), f"no explanation: {line}"
     if not command:
-        assert re.findall(r"^│ (\w+) ", result.stdout, re.MULTILINE) == ["ask", "chat", "eval", "info"]
+        assert re.findall(r"^│ (\w+) ", result.stdout, re.MULTILINE) == ["ask", "chat", "eval", "pack", "info"]
         assert run().stdout == run("--help").stdout
 
 

@@ -93,7 +93,11 @@ def test_dtypes(tmp_path, stored, weights, loaded):
     matrices = text.embed_tokens.weight, text.layers[0].mlp.down_proj.weight, model.lm_head.weight
     assert {matrix.dtype for matrix in matrices} == {loaded}
     assert model.dtype == torch.float32, "activations"
-    assert_same_parameters(model, written.to(loaded))
+    packed = loaded == torch.bfloat16  # matrices and table; what is small keeps its digits
+    for name, tensor in model.state_dict().items():
+        expected = written.state_dict()[name]
+        rounded = not packed or tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor.float(), (expected.to(loaded) if rounded else expected).float()), name
 
 
 def test_auto_takes_bf16_where_fp32_does_not_fit(tmp_path):
