@@ -21,7 +21,7 @@ from qvl_kernels import PackedWeight, pack_linear, packed_linear
 from qvl_kernels.reference import linear as reference
 
 COPIES_BYTES = 400 << 20
-SHAPES = [(2048, 6144), (6144, 2048), (1024, 4096)]
+SHAPES = [(2048, 6144), *(pytest.param(*shape, marks=pytest.mark.long) for shape in ((6144, 2048), (1024, 4096)))]
 # What rounding x to integers may change, relative to the largest output (tests/test_linear.py derives the bounds).
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "int8": 1e-3, "int4": 2e-3}
 

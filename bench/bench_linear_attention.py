@@ -23,7 +23,7 @@ from qvl_kernels._linear_attention import Options, Reference
 FEATURES = 256
 HEADS = 8
 CHUNK = 128
-LENGTHS = (1024, 256, 4096, 32768)
+LENGTHS = (1024, 256, 4096, pytest.param(32768, marks=pytest.mark.long))
 
 
 def raise_(x, top):
@@ -94,7 +94,7 @@ def flops_of(rows, keys, dim):
     return 2 * FEATURES * 2 * dim * (rows + keys)
 
 
-@pytest.mark.parametrize("against", ["chunks", "all at once", "exact"])
+@pytest.mark.parametrize("against", ["chunks", "exact", pytest.param("all at once", marks=pytest.mark.long)])
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("length", LENGTHS)

@@ -33,7 +33,7 @@ def window(length: int, density: float) -> SparsePattern:
 
 
 CASES = [
-    (length, kind, density)
+    pytest.param(length, kind, density, marks=[pytest.mark.long] * (length > 4096 or density in (1 / 8, 1 / 2)))
     for length in SHAPES
     for density in DENSITIES
     for kind in (random_blocks, window)
@@ -65,7 +65,7 @@ def bench_forward(compare, length, kind, density):
     )
 
 
-@pytest.mark.parametrize(("length", "kind", "density"), [case for case in CASES if case[0] == 4096])
+@pytest.mark.parametrize(("length", "kind", "density"), [case for case in CASES if case.values[0] == 4096])
 def bench_backward(compare, length, kind, density):
     heads, kv_heads = SHAPES[length]
     q, k, v = (torch.randn(1, n, length, 128, requires_grad=True) for n in (heads, kv_heads, kv_heads))

@@ -1,6 +1,7 @@
 """`pytest bench`: every bench checks, times and relates; the table is printed at the end.
 
 pytest bench                      about five minutes
+pytest bench --long               more lengths, shapes and densities: half an hour
 pytest bench --short              one small case of each, a few rounds: that the benches still run
 pytest bench --qvl-json OUT.json  the rows, the machine and the commit
 """
@@ -15,11 +16,18 @@ from qvl_kernels import _backends
 
 
 def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the cases marked long too")
     parser.addoption("--short", action="store_true", help="one small case of each bench, a few rounds")
     parser.addoption("--qvl-json", metavar="FILE", help="write the measured rows to FILE")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: a case that only --long runs")
+
+
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        items[:] = [item for item in items if item.get_closest_marker("long") is None]
     if config.getoption("--short"):
         seen = set()
         kept = []

@@ -28,7 +28,7 @@ RESULTS: list[Row] = []
 
 
 READ_BYTES = 256 << 20
-SECONDS_A_CASE = 2.0  # what a case may take, but for three rounds at least
+SECONDS_A_CASE = 1.0  # what a case may take, but for three rounds at least
 
 
 @dataclass(frozen=True)

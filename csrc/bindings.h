@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "cpu/parallel.h"
 #include "params.h"
+#include "tensor_caster.h"
 
 namespace qvl {
 

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../checks.h"
+#include "../tensor_caster.h"
 #include "driver.h"
 #include "rms_norm.h"
 
