@@ -62,7 +62,6 @@ void packed_weight(PackedLinearParams& p, const TensorView& weight, const Option
   if (minimum) p.minimum = contiguous(*minimum, rows * groups, DType::bf16, weight, "packed_linear: minimum");
 }
 
-// Both answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
 std::int64_t packed_linear(const TensorView& x, const TensorView& weight, const Optional& scale,
                            const Optional& minimum, const Optional& bias, const Optional& residual, const TensorView& y,
                            const TensorView& scratch, int activation) {
@@ -78,11 +77,7 @@ std::int64_t packed_linear(const TensorView& x, const TensorView& weight, const 
   if (bias) p.bias = contiguous(*bias, weight.size[0], DType::f32, x, "packed_linear: bias");
   if (residual) p.residual = contiguous(*residual, y.numel(), x.dtype, x, "packed_linear: residual");
   p.scratch = contiguous(scratch, scratch.numel(), DType::u8, x, "packed_linear: scratch");
-  const std::int64_t needed = cpu::packed_linear_scratch_bytes(p, threads());
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::packed_linear(p, threads());
-  return 0;
+  return run(cpu::packed_linear_scratch_bytes(p, threads()), scratch, [&] { cpu::packed_linear(p, threads()); });
 }
 
 std::int64_t packed_linear_backward(const TensorView& grad, const TensorView& weight, const Optional& scale,
@@ -95,11 +90,8 @@ std::int64_t packed_linear_backward(const TensorView& grad, const TensorView& we
   p.x = grad;
   p.y = contiguous(grad_x, grad_x.numel(), grad.dtype, grad, "packed_linear_backward: grad_x");
   p.scratch = contiguous(scratch, scratch.numel(), DType::u8, grad, "packed_linear_backward: scratch");
-  const std::int64_t needed = cpu::packed_linear_backward_scratch_bytes(p, threads());
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::packed_linear_backward(p, threads());
-  return 0;
+  return run(cpu::packed_linear_backward_scratch_bytes(p, threads()), scratch,
+             [&] { cpu::packed_linear_backward(p, threads()); });
 }
 
 void layer_norm(const TensorView& x, const Optional& residual, const TensorView& weight, const TensorView& bias,

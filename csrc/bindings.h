@@ -35,4 +35,14 @@ inline bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> s
 
 inline std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
 
+// Runs a kernel that needs scratch memory. All such functions answer with 0, or, having done nothing, with the bytes
+// that they need.
+template <class Kernel>
+std::int64_t run(std::int64_t needed, const TensorView& scratch, const Kernel& kernel) {
+  if (needed > scratch.numel()) return needed;
+  py::gil_scoped_release release;
+  kernel();
+  return 0;
+}
+
 }  // namespace qvl

@@ -80,26 +80,12 @@ AttentionParams attention_params(const TensorView& query, const TensorView& key,
   }
   require(offsets_q.has_value() == offsets_k.has_value(), "attention: offsets");
   if (offsets_q) {
-    p.offsets_q = contiguous(*offsets_q, offsets_q->numel(), DType::i64, query, "attention: offsets_q");
-    p.offsets_k = contiguous(*offsets_k, offsets_q->numel(), DType::i64, query, "attention: offsets_k");
+    p.offsets_q = *offsets_q, p.offsets_k = *offsets_k;
     require(batch == 1, "attention: offsets");
-    const std::int64_t last = offsets_q->numel() - 1;
-    for (const auto& [offsets, length] : {std::pair(&p.offsets_q, len_q), std::pair(&p.offsets_k, len_k)}) {
-      const std::int64_t* at = offsets->as<std::int64_t>();
-      require(last >= 0 && at[0] >= 0 && at[last] <= length && std::is_sorted(at, at + last + 1), "attention: offsets");
-    }
+    check_offsets(p.offsets_q, p.offsets_k, query, key, "attention: offsets");
   }
   contiguous(scratch, scratch.numel(), DType::u8, query, "attention: scratch");
   return p;
-}
-
-// All answer with 0, or, having done nothing, with the bytes of scratch memory that they need.
-std::int64_t run_attention(const AttentionParams& p) {
-  const std::int64_t needed = cpu::attention_scratch_bytes(p, threads());
-  if (needed > p.scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::attention(p);
-  return 0;
 }
 
 bool beside(const TensorView& grad, const TensorView& of, DType dtype) {
@@ -110,7 +96,7 @@ bool beside(const TensorView& grad, const TensorView& of, DType dtype) {
 std::int64_t attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
                        const Optional& lse, const TensorView& scratch, const py::tuple& options) {
   const AttentionParams p = attention_params(query, key, value, out, lse, scratch, AttentionOptions(options));
-  return run_attention(p);
+  return run(cpu::attention_scratch_bytes(p, threads()), scratch, [&] { cpu::attention(p); });
 }
 
 // A call without options, or -1 where a tensor is not as it must be: the caller then finds out what to say.
@@ -122,7 +108,7 @@ std::int64_t attention_plain(const TensorView& query, const TensorView& key, con
   } catch (const std::invalid_argument&) {
     return -1;
   }
-  return run_attention(p);
+  return run(cpu::attention_scratch_bytes(p, threads()), scratch, [&] { cpu::attention(p); });
 }
 
 std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
@@ -136,11 +122,7 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
   require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
   require(beside(grad_query, query, wide), "attention_backward: grad_query");
   require(beside(grad_key, key, wide) && beside(grad_value, value, wide), "attention_backward: grad_key, grad_value");
-  const std::int64_t needed = cpu::attention_backward_scratch_bytes(p.forward, threads());
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::attention_backward(p);
-  return 0;
+  return run(cpu::attention_backward_scratch_bytes(p.forward, threads()), scratch, [&] { cpu::attention_backward(p); });
 }
 
 // What forward and backward have in common, checked. `options` are qvl_kernels._linear_attention.Options.
@@ -206,11 +188,7 @@ std::int64_t linear_attention(const TensorView& query, const TensorView& key, co
     p.next_total = contiguous(*next_total, heads * features, wide, query, "linear_attention: next z");
     p.next_top = contiguous(*next_top, heads, wide, query, "linear_attention: next top");
   }
-  const std::int64_t needed = cpu::linear_attention_scratch_bytes(p);
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::linear_attention(p);
-  return 0;
+  return run(cpu::linear_attention_scratch_bytes(p), scratch, [&] { cpu::linear_attention(p); });
 }
 
 std::int64_t linear_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
@@ -226,11 +204,8 @@ std::int64_t linear_attention_backward(const TensorView& grad_out, const TensorV
     require(grad->device < 0 && grad->dtype == query.dtype && grad->ndim == 4 &&
                 std::equal(of->size, of->size + 4, grad->size) && unit_stride(*grad),
             "linear_attention_backward: gradients");
-  const std::int64_t needed = cpu::linear_attention_backward_scratch_bytes(p.forward);
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::linear_attention_backward(p);
-  return 0;
+  return run(cpu::linear_attention_backward_scratch_bytes(p.forward), scratch,
+             [&] { cpu::linear_attention_backward(p); });
 }
 
 // The lists of one kind: offsets that rise within [0, blocks], key blocks and masks in range.
@@ -275,11 +250,7 @@ std::int64_t sparse_attention(const TensorView& query, const TensorView& key, co
                               const TensorView& out, const Optional& lse, const TensorView& scratch,
                               const py::tuple& blocks) {
   const SparseAttentionParams p = sparse_params(query, key, value, out, lse, scratch, blocks);
-  const std::int64_t needed = cpu::sparse_attention_scratch_bytes(p, threads());
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::sparse_attention(p);
-  return 0;
+  return run(cpu::sparse_attention_scratch_bytes(p, threads()), scratch, [&] { cpu::sparse_attention(p); });
 }
 
 std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
@@ -293,11 +264,8 @@ std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorV
   require(beside(grad_query, query, query.dtype), "sparse_attention_backward: grad_query");
   require(beside(grad_key, key, query.dtype) && beside(grad_value, value, query.dtype),
           "sparse_attention_backward: grad_key, grad_value");
-  const std::int64_t needed = cpu::sparse_attention_backward_scratch_bytes(p.forward, threads());
-  if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  cpu::sparse_attention_backward(p);
-  return 0;
+  return run(cpu::sparse_attention_backward_scratch_bytes(p.forward, threads()), scratch,
+             [&] { cpu::sparse_attention_backward(p); });
 }
 
 }  // namespace

@@ -6,7 +6,6 @@ Packed segments are one row of a batch, (1, H, T, D), with offsets.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _library
-from ._tensors import compute_dtype, unit_stride
+from ._tensors import Scratch, compute_dtype, unit_stride
 from .reference import attention as reference
 from .reference import attention_varlen as varlen_reference
 
@@ -98,7 +97,7 @@ class Native:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._memory = threading.local()
+        self._memory = Scratch()
 
     def supports(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> str | None:
         if query.device.type != "cpu":
@@ -128,11 +127,7 @@ class Native:
         strides = length * heads * channels, channels, heads * channels, 1  # as in _rows_like
         out = query.new_empty_strided((batch, heads, length, channels), strides)
         kernel = _backends.module(self.backend, "attention").attention_plain
-        while needed := kernel(query, key, value, out, self._scratch(), causal, scale):
-            if needed < 0:
-                return None
-            self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
-        return out
+        return None if self._memory.run(kernel, query, key, value, out, last=(causal, scale)) < 0 else out
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         if _library.needs_dispatcher(query, key, value):
@@ -163,7 +158,6 @@ class Native:
         return grad_query, grad_key, grad_value
 
     def _call(self, kernel: Callable[..., int], query: Tensor, key: Tensor, options: Options, *tensors: Any) -> None:
-        """Runs the kernel. It answers with 0, or with the bytes of scratch memory that it needs more than it got."""
         mask, lengths = options.mask, options.key_lengths
         if mask is not None:
             if mask.dtype != torch.bool:
@@ -171,14 +165,7 @@ class Native:
             options = options._replace(mask=mask.expand(*query.shape[:3], key.shape[2]))
         if lengths is not None:
             options = options._replace(key_lengths=lengths.long())
-        while needed := kernel(*tensors, self._scratch(), options):
-            self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
-
-    def _scratch(self) -> Tensor:
-        buffer = getattr(self._memory, "buffer", None)
-        if buffer is None:
-            buffer = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
-        return buffer
+        self._memory.run(kernel, *tensors, last=(options,))
 
 
 def _rows_like(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ Packed segments are one row of a batch, (1, H, T, D), with offsets.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _library
-from ._tensors import compute_dtype, unit_stride
+from ._tensors import Scratch, compute_dtype, unit_stride
 from .reference import linear_attention as reference
 from .reference import linear_attention_varlen as varlen_reference
 
@@ -82,7 +81,7 @@ class Native:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._memory = threading.local()
+        self._memory = Scratch()
 
     def supports(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | None:
         if query.device.type != "cpu":
@@ -130,20 +129,13 @@ class Native:
         return grads
 
     def _call(self, name: str, options: Options, wide: torch.dtype, *tensors: Any) -> None:
-        """Runs the kernel. It answers with 0, or with the bytes of scratch memory that it needs more than it got."""
         kernel: Callable[..., int] = getattr(_backends.module(self.backend, "linear_attention"), name)
         if options.projection is not None:
             options = options._replace(projection=options.projection.to(wide).contiguous())
         if options.S is not None and options.z is not None and options.top is not None:
             S, z, top = options.S.contiguous(), options.z.contiguous(), options.top.contiguous()
             options = options._replace(S=S, z=z, top=top)
-        scratch = getattr(self._memory, "buffer", None)
-        if scratch is None:
-            scratch = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
-        while needed := kernel(*tensors, scratch, options):
-            scratch = torch.empty(needed, dtype=torch.uint8)
-            if needed <= _KEPT_BYTES:
-                self._memory.buffer = scratch
+        self._memory.run(kernel, *tensors, last=(options,), kept=_KEPT_BYTES)
 
 
 def _rows_of(x: Tensor, channels: int) -> Tensor:

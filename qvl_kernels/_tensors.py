@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+class Scratch(threading.local):
+    """A thread's memory for kernels that answer with 0, or, having done nothing, with the bytes that they need."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def run(self, kernel: Callable[..., int], *tensors: Any, last: tuple[Any, ...], kept: int | None = None) -> int:
+        """Calls kernel(*tensors, scratch, *last) until it has enough. Memory of more than `kept` bytes is not kept for
+        the next call. A negative answer, a refusal, is handed on."""
+        scratch = self.buffer
+        while (needed := kernel(*tensors, scratch, *last)) > 0:
+            scratch = torch.empty(needed, dtype=torch.uint8)
+            if kept is None or needed <= kept:
+                self.buffer = scratch
+        return needed
 
 
 def unit_stride(x: Tensor) -> Tensor:

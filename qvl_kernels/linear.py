@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _backends, _checks, _library, _packing
 from ._packing import FORMATS
-from ._tensors import unit_stride
+from ._tensors import Scratch, unit_stride
 from .reference import linear as reference
 
 ACTIVATIONS = (None, "gelu_tanh", "swiglu")
@@ -254,7 +253,7 @@ class _Native:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._memory = threading.local()
+        self._memory = Scratch()
 
     def supports(self, x: Tensor, weight: Tensor) -> str | None:
         if x.device.type != "cpu":
@@ -291,13 +290,8 @@ class _Native:
         return grad_x
 
     def _call(self, name: str, *tensors: Tensor | None, last: tuple[int, ...] = ()) -> None:
-        """Runs the kernel. It answers with 0, or with the bytes of scratch memory that it needs more than it got."""
         kernel = getattr(_backends.module(self.backend, "packed_linear"), name)
-        scratch = getattr(self._memory, "buffer", None)
-        if scratch is None:
-            scratch = self._memory.buffer = torch.empty(0, dtype=torch.uint8)
-        while needed := kernel(*tensors, scratch, *last):
-            scratch = self._memory.buffer = torch.empty(needed, dtype=torch.uint8)
+        self._memory.run(kernel, *tensors, last=last)
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backends, _checks, _library
-from ._attention import _laid_out, _rows_like
-from ._tensors import compute_dtype, unit_stride
+from ._attention import _fake, _fake_backward, _laid_out, _rows_like
+from ._tensors import Scratch, compute_dtype, unit_stride
 from .reference import sparse_attention as reference
 from .sparse_pattern import SparsePattern
 
@@ -119,7 +117,7 @@ class Native:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._memory = threading.local()
+        self._memory = Scratch()
 
     def supports(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
         if query.device.type != "cpu":
@@ -143,7 +141,8 @@ class Native:
         query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
         out = _rows_like(query, value.shape[-1], query.dtype)
         lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype)) if save_lse else None
-        self._call(module.sparse_attention, blocks, query, key, value, out, lse)
+        tensors = query, key, value, out, lse
+        self._memory.run(module.sparse_attention, *tensors, last=(blocks,), kept=self._KEPT_BYTES)
         return out, lse
 
     def backward(self, grad: Tensor, saved: tuple[Tensor, ...], blocks: Blocks) -> tuple[Tensor, ...]:
@@ -151,18 +150,8 @@ class Native:
         grad, query, key, value, out = (unit_stride(x) for x in (grad, *saved[:4]))
         grads = tuple(_rows_like(x, x.shape[-1], x.dtype) for x in (query, key, value))
         tensors = grad, *grads, query, key, value, out, saved[4].contiguous()
-        self._call(module.sparse_attention_backward, blocks, *tensors)
+        self._memory.run(module.sparse_attention_backward, *tensors, last=(blocks,), kept=self._KEPT_BYTES)
         return grads
-
-    def _call(self, kernel: Callable[..., int], blocks: Blocks, *tensors: Any) -> None:
-        """Runs the kernel. It answers with 0, or with the bytes of scratch memory that it needs more than it got."""
-        scratch = getattr(self._memory, "buffer", None)
-        if scratch is None:
-            scratch = torch.empty(0, dtype=torch.uint8)
-        while needed := kernel(*tensors, scratch, blocks):
-            scratch = torch.empty(needed, dtype=torch.uint8)
-            if needed <= self._KEPT_BYTES:
-                self._memory.buffer = scratch
 
 
 _NATIVE = {backend: Native(backend) for backend in ("cpu_avx512", "cpu_avx2")}
@@ -175,23 +164,12 @@ def _run(query: Tensor, key: Tensor, value: Tensor, *blocks: Any) -> tuple[Tenso
     return (out, lse) if isinstance(implementation, Native) else (_laid_out(out), lse.contiguous())
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *blocks: Any) -> tuple[Tensor, Tensor]:
-    out = _rows_like(query, value.shape[-1], query.dtype)
-    return out, query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
-
-
 def _run_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *blocks: Any
 ) -> tuple[Tensor, ...]:
     implementation = _operation.choose(query, key, value)
     grads = implementation.backward(grad, (query, key, value, out, lse), Blocks(*blocks))
     return grads if isinstance(implementation, Native) else tuple(_laid_out(x) for x in grads)
-
-
-def _fake_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *blocks: Any
-) -> tuple[Tensor, ...]:
-    return tuple(_rows_like(x, x.shape[-1], x.dtype) for x in (query, key, value))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -19,15 +20,17 @@ def distinct(pixels: Tensor, grid_thw: Tensor, merge: int) -> tuple[Tensor, Tens
     Returns:
         pixels and grid_thw without repetitions, and index (V,): token v of all pictures is token index[v] of these.
     """
-    patches = grid_thw.prod(-1).tolist()
+    patches, grids = grid_thw.prod(-1).tolist(), [tuple(grid) for grid in grid_thw.tolist()]
+    sizes = Counter(grids)  # only pictures of one size can be equal
     parts = pixels.split(patches) if sum(patches) == len(pixels) else ()
     numbers: dict[object, int] = {}
     which: list[int] = []
     kept: list[int] = []
-    for number, (part, grid) in enumerate(zip(parts, grid_thw.tolist())):
-        same_size = sum(other == grid for other in grid_thw.tolist()) > 1
-        content = hashlib.sha256(part.detach().cpu().contiguous().view(torch.uint8).numpy()) if same_size else None
-        key = (*grid, content.digest()) if content else number
+    for number, (part, grid) in enumerate(zip(parts, grids)):
+        key: object = number
+        if sizes[grid] > 1:
+            content = part.detach().cpu().contiguous().view(torch.uint8).numpy()
+            key = grid, hashlib.sha256(content).digest()
         if key not in numbers:
             numbers[key] = len(kept)
             kept.append(number)

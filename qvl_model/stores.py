@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qvl_kernels import LinearAttentionState, quantize_kv
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Store(Protocol):
@@ -38,70 +41,66 @@ class Store(Protocol):
         """None where a row of `old` tokens can go back to its first `new`, else the reason why not."""
 
 
-class FullStore:
+class _Rows:
+    """Tensors (B, ...) of keys and values, allocated once; a row of them is a view."""
+
+    memory: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.memory)
+
+    def keep(self, rows: Tensor) -> None:
+        self.memory = tuple(tensor.index_select(0, rows) for tensor in self.memory)
+
+    def reset(self) -> None:
+        pass
+
+    def row(self, number: int) -> Self:
+        view = copy.copy(self)
+        view.memory = tuple(tensor[number : number + 1] for tensor in self.memory)
+        return view
+
+    def join(self, rows: Sequence[Self]) -> None:
+        pass
+
+
+class FullStore(_Rows):
     """Keys and values of every token: (B, Hkv, capacity, D), as int8 with a scale for each token and head if `dtype` is
     int8."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         # Zeros and not garbage: a key that is masked still meets a weight of zero, and 0 * NaN is NaN.
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.scales: tuple[Tensor, Tensor] | None = None
+        self.memory = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         if dtype == torch.int8:
-            scales = torch.zeros(2, *shape[:3], dtype=torch.float32, device=device)
-            self.scales = scales[0], scales[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + sum(scale.nbytes for scale in self.scales or ())
+            self.memory += tuple(torch.zeros(shape[:3], device=device, dtype=torch.float32) for _ in range(2))
 
     def append(self, starts: Sequence[int], key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Writes (B, Hkv, L, D) keys and values behind each row's first `starts` tokens. Returns views (B, Hkv, Lk, D)
         of the keys and values of all so far, and for int8 their scales (B, Hkv, Lk)."""
-        written: list[tuple[Tensor, Tensor]]
-        if self.scales is None:
-            written = [(self.keys, key), (self.values, value)]
-        else:
+        written: tuple[Tensor, ...] = (key, value)
+        if len(self.memory) > 2:
             (key, key_scale), (value, value_scale) = quantize_kv(key), quantize_kv(value)
-            written = [(self.keys, key), (self.values, value)]
-            written += [(self.scales[0], key_scale), (self.scales[1], value_scale)]
+            written = (key, value, key_scale, value_scale)
         tokens = key.shape[2]
-        for memory, new in written:
+        for memory, new in zip(self.memory, written):
             if len(set(starts)) == 1:
                 memory[:, :, starts[0] : starts[0] + tokens] = new
             else:
                 for row, start in enumerate(starts):
                     memory[row, :, start : start + tokens] = new[row]
         end = max(starts) + tokens
-        return tuple(memory[:, :, :end] for memory, _ in written)
-
-    def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        if self.scales is not None:
-            self.scales = self.scales[0].index_select(0, rows), self.scales[1].index_select(0, rows)
-
-    def reset(self) -> None:
-        pass
-
-    def row(self, number: int) -> FullStore:
-        view = copy.copy(self)
-        view.keys, view.values = self.keys[number : number + 1], self.values[number : number + 1]
-        if self.scales is not None:
-            view.scales = self.scales[0][number : number + 1], self.scales[1][number : number + 1]
-        return view
-
-    def join(self, rows: Sequence[FullStore]) -> None:
-        pass
+        return tuple(memory[:, :, :end] for memory in self.memory)
 
     def copy_beginning(self, other: FullStore, tokens: int) -> None:
-        pairs = [(self.keys, other.keys), (self.values, other.values), *zip(self.scales or (), other.scales or ())]
-        for mine, theirs in pairs:
+        for mine, theirs in zip(self.memory, other.memory):
             mine[:, :, :tokens] = theirs[:, :, :tokens]
 
     def cannot_truncate(self, old: int, new: int) -> str | None:
         return None
 
 
-class WindowStore:
+class WindowStore(_Rows):
     """Keys and values of the first `sinks` tokens and of the last `window` ones: (B, Hkv, sinks + window, D), however
     long the text becomes.
 
@@ -121,11 +120,15 @@ class WindowStore:
         self.window, self.sinks = window, sinks
         self.slots = min(capacity, sinks + window)
         size = (batch, heads, self.slots, dim)
-        self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        self.memory = tuple(torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
 
     @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    def keys(self) -> Tensor:
+        return self.memory[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.memory[1]
 
     def slot(self, positions: Tensor) -> Tensor:
         """Where tokens at these positions lie."""
@@ -155,20 +158,6 @@ class WindowStore:
         at = self.slot(positions)
         self.keys[rows, :, at], self.values[rows, :, at] = key[:, :, 0], value[:, :, 0]
         return (positions + 1).clamp(max=self.slots)
-
-    def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-
-    def reset(self) -> None:
-        pass
-
-    def row(self, number: int) -> WindowStore:
-        view = copy.copy(self)
-        view.keys, view.values = self.keys[number : number + 1], self.values[number : number + 1]
-        return view
-
-    def join(self, rows: Sequence[WindowStore]) -> None:
-        pass
 
     def copy_beginning(self, other: WindowStore, tokens: int) -> None:
         self.keys.copy_(other.keys)

@@ -19,15 +19,14 @@
 //
 // Source: Dao, FlashAttention-2, 2023, section 3.1; online softmax: Milakov and Gimelshein, 2018.
 
-#include "attention_tiles.h"
+#include "attention_sums.h"
 #include "dispatch.h"
 #include "parallel.h"
 
 namespace qvl::cpu {
 namespace {
 
-constexpr int kTile = 192;
-constexpr int kGroup = 4;
+constexpr int kTile = kScoreRow;
 constexpr std::int64_t kBlockElements = 240 * 256;  // of a block's queries and sums
 
 // How a head's rows and keys are cut: into equal parts, so that none is a small rest.
@@ -187,30 +186,15 @@ class Block {
       hide(p_, head_, first_ + std::min(row + r, count_ - 1), tile, part.keys, padded, scores + r * kTile);
   }
 
-  // Scores to 2^(score - top). `top` has to be near the largest score, not equal to it: sums are relative to it, and
-  // floating point does not mind a common factor. So the largest score of a strip's first tile serves until a tile's
-  // sum passes 2^16, and the later tiles spend nothing on maxima. `shrink` is what earlier sums are multiplied by.
   void soften_strip(const Part& part, std::int64_t tile, A* scores, A* shrink) {
     hide_strip(part, tile, scores);
-    A* const tops = m_ + at_.top + part.strip * kStrip;
+    A *const tops = m_ + at_.top + part.strip * kStrip, *const totals = m_ + at_.total + part.strip * kStrip * V::N;
     const std::int64_t padded = round_up(part.keys.end, V::N);
     if (part.first) {
       for (int r = 0; r < kStrip; ++r) soften_first(part, r, padded, scores + r * kTile, tops[r]);
       return;
     }
-    if (*std::min_element(tops, tops + kStrip) > kHidden) {
-      std::fill_n(shrink, kStrip, A(1));
-      if (soften_relative(part, padded, scores)) return;
-      score_again(part, tile, scores);  // they are gone
-    }
-    for (int r = 0; r < kStrip; ++r) {
-      A* const lanes = m_ + at_.total + (part.strip * kStrip + r) * V::N;
-      A added = 0;
-      shrink[r] = soften(scores + r * kTile, part.keys.begin, padded, tops[r], added);
-      V total = load(lanes) * V(shrink[r]);
-      store(lanes, total);
-      lanes[0] += added;
-    }
+    cpu::soften_strip(tops, totals, part.keys.begin, padded, scores, shrink, [&] { score_again(part, tile, scores); });
   }
 
   void soften_first(const Part& part, int r, std::int64_t padded, A* scores, A& top) {
@@ -224,27 +208,6 @@ class Block {
       total = total + e;
     }
     store(m_ + at_.total + (part.strip * kStrip + r) * V::N, total);
-  }
-
-  // With the tops as they are; false, and nothing but the scores changed, where they will not do.
-  bool soften_relative(const Part& part, std::int64_t padded, A* scores) {
-    V added[kStrip], largest = V::zero();
-    clear(added);
-    for (int r = 0; r < kStrip; ++r) {
-      const V shift(m_[at_.top + part.strip * kStrip + r]), most(A(127));
-      for (std::int64_t j = part.keys.begin; j < padded; j += V::N) {
-        const V e = exp2_to_127(min(most, load(scores + r * kTile + j) - shift));  // in this order a NaN stays
-        store(scores + r * kTile + j, e);
-        added[r] = added[r] + e;
-      }
-      largest = max(added[r], largest);  // a NaN is not kept
-    }
-    if (any_above(largest, V(A(65536)))) return false;
-    for (int r = 0; r < kStrip; ++r) {
-      A* const total = m_ + at_.total + (part.strip * kStrip + r) * V::N;
-      store(total, load(total) + added[r]);
-    }
-    return true;
   }
 
   // Where a strip's rows are written, times 1 / total, which is 0 where a row saw no key.
@@ -301,14 +264,6 @@ class Block {
       const A* const from = narrow + r * kPanel<A>;
       if (w > 0) store(to, load(from));
       if (rest > w) store(to + w, load(from + w), static_cast<int>(rest) - w);
-    }
-  }
-
-  [[gnu::always_inline]] static void multiply_tile(const A* by, Tile<A>& acc) {
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r) {
-      acc[r][0] = acc[r][0] * V(by[r]);
-      acc[r][1] = acc[r][1] * V(by[r]);
     }
   }
 

@@ -76,14 +76,6 @@ void widen(const S* from, std::int64_t n, std::int64_t padded, A* to) {
   std::fill(to + n, to + padded, A(0));
 }
 
-// to[i] = from[i] by
-template <class S, class A>
-void widen_by(const S* from, std::int64_t n, Vec<A> by, A* to) {
-  std::int64_t i = 0;
-  for (; i + Vec<A>::N <= n; i += Vec<A>::N) store(to + i, load(from + i) * by);
-  if (const int rest = static_cast<int>(n - i); rest > 0) store(to + i, load(from + i, rest) * by, rest);
-}
-
 template <class T, class S = T>
 Head<T, S> head_of(const AttentionParams& p, std::int64_t segment, std::int64_t kv_head) {
   const TensorView &q = p.query, &k = p.key, &v = p.value, &o = p.out;

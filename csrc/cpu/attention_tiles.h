@@ -49,6 +49,16 @@ template <class A>
   }
 }
 
+// acc[r] *= by[r]
+template <class A>
+[[gnu::always_inline]] inline void multiply_tile(const A* by, Tile<A>& acc) {
+#pragma GCC unroll 6
+  for (int r = 0; r < kStrip; ++r) {
+    acc[r][0] = acc[r][0] * Vec<A>(by[r]);
+    acc[r][1] = acc[r][1] * Vec<A>(by[r]);
+  }
+}
+
 // acc[r][w] += sum over k < count of a[r Row + k Step] panel[k][w]. Two steps at a time: 94 to 100 % of the FMA peak
 // from L1; four lose a tenth on AVX2, where long displacements no longer fit the decoded-instruction cache. Inlined
 // always: behind a call the accumulators would live in memory.

@@ -151,7 +151,8 @@ class Chunk {
   // o = o shrink + p v for one strip and one panel of columns.
   void add_values(int s, std::int64_t column, const A* shrink, A* o) const {
     Tile<A> acc;
-    Sums<A>::load_shrunk(o, shrink, acc);
+    load_tile(o, kPanel<A>, acc);
+    multiply_tile(shrink, acc);
     for (int c = 0; c < cells_; ++c) {
       const Piece& piece = pieces_[s][c];
       const A* const values = values_ + tile_[c].key * sums_.columns + column * cell_ + piece.begin * kPanel<A>;
