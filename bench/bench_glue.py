@@ -4,6 +4,7 @@
     layer_norm  8 n           2 n s (4 n s with residual)  F.layer_norm, after an addition where there is a residual
     rotary      3 n           2 n s + cos, sin             the same arithmetic in place of ours
     norm_rotary 7 n           2 n s + cos, sin             F.rms_norm and the same arithmetic, the key copied to a cache
+    append_kv   0, int8 4 n   n s + n of the cache         slices of the cache, for int8 after quantize_kv
     swiglu      5 n           3 n s                        F.silu(gate) * up
     gelu_tanh   12 n          2 n s                        F.gelu(approximate="tanh")
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from timing import Case
 
-from qvl_kernels import gelu_tanh, layer_norm, norm_rotary, rotary, swiglu
+from qvl_kernels import append_kv, gelu_tanh, layer_norm, norm_rotary, rotary, swiglu
+from qvl_kernels.reference import append_kv as append_kv_reference
 from qvl_kernels.reference import gelu_tanh as gelu_tanh_reference
 from qvl_kernels.reference import layer_norm as layer_norm_reference
 from qvl_kernels.reference import norm_rotary as norm_rotary_reference
@@ -98,6 +100,27 @@ def bench_norm_rotary(compare, rows, dtype):
         own,
         TOLERANCE[dtype],
     )
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@ROWS
+def bench_append_kv(compare, rows, stored):
+    key, value = torch.randn(2, 1, rows, 8, 128).transpose(2, 3).unbind(0)
+    memory = [torch.zeros(1, 8, 4096, 128, dtype=stored) for _ in range(4)]
+    scales = [torch.zeros(1, 8, 4096) if stored == torch.int8 else None for _ in range(4)]
+    lengths = torch.tensor([2048])
+
+    def ours():
+        append_kv(key, value, *memory[:2], lengths, key_scale=scales[0], value_scale=scales[1])
+        return memory[0]
+
+    def plain():
+        append_kv_reference.forward(key, value, *memory[2:], lengths, *scales[2:])
+        return memory[2]
+
+    n = 2 * key.numel()
+    case = Case("append_kv", f"{rows} x 8 heads x 128 {str(stored)[6:]}", 4 * n, n * (4 + memory[0].itemsize))
+    compare(case, ours, None, plain, 1e-6)
 
 
 @DTYPES

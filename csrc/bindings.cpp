@@ -19,8 +19,7 @@ void rms_norm(const TensorView& x, const Optional& residual, const TensorView& w
   }
   if (rstd) p.rstd = contiguous(*rstd, row_count(x), compute_type(x.dtype), x, "rms_norm: rstd");
   p.eps = eps;
-  py::gil_scoped_release release;
-  cpu::rms_norm(p);
+  launch([p] { cpu::rms_norm(p); });
 }
 
 void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, const TensorView& hidden,
@@ -39,8 +38,7 @@ void rms_norm_backward(const TensorView& grad_y, const Optional& grad_hidden, co
   p.grad_x = contiguous(grad_x, hidden.numel(), hidden.dtype, hidden, "rms_norm_backward: grad_x");
   p.grad_weight = contiguous(grad_weight, channels, hidden.dtype, hidden, "rms_norm_backward: grad_weight");
   p.partial = contiguous(partial, partial.size[0] * channels, wide, hidden, "rms_norm_backward: partial");
-  py::gil_scoped_release release;
-  cpu::rms_norm_backward(p);
+  launch([p] { cpu::rms_norm_backward(p); });
 }
 
 bool is_matrix(const TensorView& t, std::int64_t rows, std::int64_t columns) {
@@ -77,7 +75,7 @@ std::int64_t packed_linear(const TensorView& x, const TensorView& weight, const 
   if (bias) p.bias = contiguous(*bias, weight.size[0], DType::f32, x, "packed_linear: bias");
   if (residual) p.residual = contiguous(*residual, y.numel(), x.dtype, x, "packed_linear: residual");
   p.scratch = contiguous(scratch, scratch.numel(), DType::u8, x, "packed_linear: scratch");
-  return run(cpu::packed_linear_scratch_bytes(p, threads()), scratch, [&] { cpu::packed_linear(p, threads()); });
+  return run(cpu::packed_linear_scratch_bytes(p, threads()), scratch, [p, n = threads()] { cpu::packed_linear(p, n); });
 }
 
 std::int64_t packed_linear_backward(const TensorView& grad, const TensorView& weight, const Optional& scale,
@@ -91,7 +89,7 @@ std::int64_t packed_linear_backward(const TensorView& grad, const TensorView& we
   p.y = contiguous(grad_x, grad_x.numel(), grad.dtype, grad, "packed_linear_backward: grad_x");
   p.scratch = contiguous(scratch, scratch.numel(), DType::u8, grad, "packed_linear_backward: scratch");
   return run(cpu::packed_linear_backward_scratch_bytes(p, threads()), scratch,
-             [&] { cpu::packed_linear_backward(p, threads()); });
+             [p, n = threads()] { cpu::packed_linear_backward(p, n); });
 }
 
 void layer_norm(const TensorView& x, const Optional& residual, const TensorView& weight, const TensorView& bias,
@@ -108,8 +106,7 @@ void layer_norm(const TensorView& x, const Optional& residual, const TensorView&
     p.hidden = same_shape(*hidden, x, "layer_norm: hidden");
   }
   p.eps = eps;
-  py::gil_scoped_release release;
-  cpu::layer_norm(p);
+  launch([p] { cpu::layer_norm(p); });
 }
 
 RotaryParams rotary_params(const TensorView& query, const TensorView& key, const TensorView& cos, const TensorView& sin,
@@ -128,8 +125,7 @@ RotaryParams rotary_params(const TensorView& query, const TensorView& key, const
 void rotary(const TensorView& query, const TensorView& key, const TensorView& cos, const TensorView& sin,
             const TensorView& query_out, const TensorView& key_out) {
   const RotaryParams p = rotary_params(query, key, cos, sin, query_out, key_out);
-  py::gil_scoped_release release;
-  cpu::rotary(p);
+  launch([p] { cpu::rotary(p); });
 }
 
 void norm_rotary(const TensorView& query, const TensorView& key, const TensorView& query_weight,
@@ -145,23 +141,45 @@ void norm_rotary(const TensorView& query, const TensorView& key, const TensorVie
   p.query_weight = contiguous(query_weight, dim, query.dtype, query, "norm_rotary: query_weight");
   p.key_weight = contiguous(key_weight, dim, query.dtype, query, "norm_rotary: key_weight");
   p.eps = eps;
-  py::gil_scoped_release release;
-  cpu::norm_rotary(p);
+  launch([p] { cpu::norm_rotary(p); });
+}
+
+void append_kv(const TensorView& key, const TensorView& value, const TensorView& key_cache,
+               const TensorView& value_cache, const TensorView& starts, const Optional& key_scale,
+               const Optional& value_scale) {
+  require(key.ndim == 4 && key_cache.ndim == 4 && value.ndim == 4 && value_cache.ndim == 4, "append_kv: tensors");
+  require(is_float(key.dtype) && value.dtype == key.dtype && value_cache.dtype == key_cache.dtype, "append_kv: dtypes");
+  const std::int64_t batch = key.size[0], heads = key.size[1], tokens = key.size[2], capacity = key_cache.size[2];
+  require(has_shape(key, {batch, heads, tokens, key.size[3]}), "append_kv: key");
+  require(has_shape(value, {batch, heads, tokens, value.size[3]}), "append_kv: value");
+  require(has_shape(key_cache, {batch, heads, capacity, key.size[3]}), "append_kv: key_cache");
+  require(has_shape(value_cache, {batch, heads, capacity, value.size[3]}), "append_kv: value_cache");
+  for (const TensorView* t : {&key, &value, &key_cache, &value_cache}) require(unit_stride(*t), "append_kv: strides");
+  const bool integers = key_cache.dtype == DType::i8;
+  require(integers || is_float(key_cache.dtype), "append_kv: cache dtype");
+  require((key.dtype == DType::f64) == (key_cache.dtype == DType::f64), "append_kv: cache dtype");
+  require(key_scale.has_value() == integers && value_scale.has_value() == integers, "append_kv: scales");
+  AppendKvParams p{key, value, key_cache, value_cache, contiguous(starts, batch, DType::i64, key, "append_kv: lengths"),
+                   {},  {}};
+  if (integers) {
+    p.key_scale = *key_scale, p.value_scale = *value_scale;
+    for (const TensorView* t : {&p.key_scale, &p.value_scale})
+      require(has_shape(*t, {batch, heads, capacity}) && t->dtype == DType::f32, "append_kv: scales");
+  }
+  launch([p] { cpu::append_kv(p); });
 }
 
 void swiglu(const TensorView& gate, const TensorView& up, const TensorView& y) {
   require(gate.device < 0 && is_float(gate.dtype), "swiglu: dtype");
   const SwigluParams p{same_shape(gate, gate, "swiglu: gate"), same_shape(up, gate, "swiglu: up"),
                        same_shape(y, gate, "swiglu: y")};
-  py::gil_scoped_release release;
-  cpu::swiglu(p);
+  launch([p] { cpu::swiglu(p); });
 }
 
 void gelu_tanh(const TensorView& x, const TensorView& y) {
   require(x.device < 0 && is_float(x.dtype), "gelu_tanh: dtype");
   const GeluTanhParams p{same_shape(x, x, "gelu_tanh: x"), same_shape(y, x, "gelu_tanh: y")};
-  py::gil_scoped_release release;
-  cpu::gelu_tanh(p);
+  launch([p] { cpu::gelu_tanh(p); });
 }
 
 double fma_loop(std::int64_t steps, const TensorView& sink) {
@@ -197,6 +215,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("layer_norm", &qvl::layer_norm);
   m.def("rotary", &qvl::rotary);
   m.def("norm_rotary", &qvl::norm_rotary);
+  m.def("append_kv", &qvl::append_kv);
   m.def("swiglu", &qvl::swiglu);
   m.def("gelu_tanh", &qvl::gelu_tanh);
   m.def("packed_linear", &qvl::packed_linear);
@@ -204,6 +223,12 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("fma_loop", &qvl::fma_loop);
   m.def("int8_loop", &qvl::int8_loop);
   m.def("read_loop", &qvl::read_loop);
+  qvl::py::class_<qvl::Recording>(m, "Recording", qvl::py::module_local())
+      .def(qvl::py::init<>())
+      .def("begin", &qvl::Recording::begin)
+      .def("end", &qvl::Recording::end)
+      .def("replay", &qvl::Recording::replay)
+      .def("__len__", &qvl::Recording::size);
   m.def("openmp_library", [] { return std::string(qvl::openmp().library); });
   m.def("max_threads", &qvl::threads);
 }

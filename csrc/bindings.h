@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "cpu/parallel.h"
 #include "params.h"
+#include "recording.h"
 #include "tensor_caster.h"
 
 namespace qvl {
@@ -35,13 +36,20 @@ inline bool has_shape(const TensorView& t, std::initializer_list<std::int64_t> s
 
 inline std::int64_t threads() { return openmp().max_threads ? openmp().max_threads() : 1; }
 
+// Every kernel but the roofs is run by this; `kernel` has copies of what it needs, so that it can be run again.
+template <class Kernel>
+void launch(const Kernel& kernel) {
+  if (Recording* recording = Recording::current()) recording->add(kernel);
+  py::gil_scoped_release release;
+  kernel();
+}
+
 // Runs a kernel that needs scratch memory. All such functions answer with 0, or, having done nothing, with the bytes
 // that they need.
 template <class Kernel>
 std::int64_t run(std::int64_t needed, const TensorView& scratch, const Kernel& kernel) {
   if (needed > scratch.numel()) return needed;
-  py::gil_scoped_release release;
-  kernel();
+  launch(kernel);
   return 0;
 }
 

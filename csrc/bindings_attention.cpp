@@ -56,8 +56,9 @@ AttentionParams attention_params(const TensorView& query, const TensorView& key,
   require(has_shape(out, {batch, heads, len_q, dim_v}) && kv_heads > 0 && heads % kv_heads == 0, "attention: out");
   require(dim <= 256 && dim_v <= 256, "attention: head dimension");
   for (const TensorView* t : {&query, &key, &value, &out}) require(unit_stride(*t), "attention: strides");
-  const DType stored = key_scale ? DType::i8 : query.dtype;
-  require(out.dtype == query.dtype && key.dtype == stored && value.dtype == stored, "attention: dtypes");
+  const bool halves = query.dtype == DType::f32 && (key.dtype == DType::bf16 || key.dtype == DType::f16);
+  const bool stored = key_scale ? key.dtype == DType::i8 : key.dtype == query.dtype || halves;
+  require(out.dtype == query.dtype && stored && value.dtype == key.dtype, "attention: dtypes");
   require(key_scale.has_value() == value_scale.has_value(), "attention: scales");
   if (key_scale) {
     p.key_scale = *key_scale, p.value_scale = *value_scale;
@@ -96,7 +97,7 @@ bool beside(const TensorView& grad, const TensorView& of, DType dtype) {
 std::int64_t attention(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
                        const Optional& lse, const TensorView& scratch, const py::tuple& options) {
   const AttentionParams p = attention_params(query, key, value, out, lse, scratch, AttentionOptions(options));
-  return run(cpu::attention_scratch_bytes(p, threads()), scratch, [&] { cpu::attention(p); });
+  return run(cpu::attention_scratch_bytes(p, threads()), scratch, [p] { cpu::attention(p); });
 }
 
 // A call without options, or -1 where a tensor is not as it must be: the caller then finds out what to say.
@@ -108,7 +109,7 @@ std::int64_t attention_plain(const TensorView& query, const TensorView& key, con
   } catch (const std::invalid_argument&) {
     return -1;
   }
-  return run(cpu::attention_scratch_bytes(p, threads()), scratch, [&] { cpu::attention(p); });
+  return run(cpu::attention_scratch_bytes(p, threads()), scratch, [p] { cpu::attention(p); });
 }
 
 std::int64_t attention_backward(const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
@@ -117,12 +118,12 @@ std::int64_t attention_backward(const TensorView& grad_out, const TensorView& gr
                                 const TensorView& scratch, const py::tuple& options) {
   AttentionBackwardParams p{attention_params(query, key, value, out, lse, scratch, AttentionOptions(options)), grad_out,
                             grad_query, grad_key, grad_value};
-  require(p.forward.key_scale.data == nullptr, "attention_backward: int8");
+  require(key.dtype == query.dtype, "attention_backward: dtypes");
   const DType wide = compute_type(query.dtype);
   require(beside(grad_out, out, query.dtype), "attention_backward: grad_out");
   require(beside(grad_query, query, wide), "attention_backward: grad_query");
   require(beside(grad_key, key, wide) && beside(grad_value, value, wide), "attention_backward: grad_key, grad_value");
-  return run(cpu::attention_backward_scratch_bytes(p.forward, threads()), scratch, [&] { cpu::attention_backward(p); });
+  return run(cpu::attention_backward_scratch_bytes(p.forward, threads()), scratch, [p] { cpu::attention_backward(p); });
 }
 
 // What forward and backward have in common, checked. `options` are qvl_kernels._linear_attention.Options.
@@ -188,7 +189,7 @@ std::int64_t linear_attention(const TensorView& query, const TensorView& key, co
     p.next_total = contiguous(*next_total, heads * features, wide, query, "linear_attention: next z");
     p.next_top = contiguous(*next_top, heads, wide, query, "linear_attention: next top");
   }
-  return run(cpu::linear_attention_scratch_bytes(p), scratch, [&] { cpu::linear_attention(p); });
+  return run(cpu::linear_attention_scratch_bytes(p), scratch, [p] { cpu::linear_attention(p); });
 }
 
 std::int64_t linear_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
@@ -205,7 +206,7 @@ std::int64_t linear_attention_backward(const TensorView& grad_out, const TensorV
                 std::equal(of->size, of->size + 4, grad->size) && unit_stride(*grad),
             "linear_attention_backward: gradients");
   return run(cpu::linear_attention_backward_scratch_bytes(p.forward), scratch,
-             [&] { cpu::linear_attention_backward(p); });
+             [p] { cpu::linear_attention_backward(p); });
 }
 
 // The lists of one kind: offsets that rise within [0, blocks], key blocks and masks in range.
@@ -227,6 +228,7 @@ SparseAttentionParams sparse_params(const TensorView& query, const TensorView& k
                                     const py::tuple& blocks) {
   const AttentionOptions options(blocks[8].cast<double>(), blocks[9].cast<bool>());
   SparseAttentionParams p{attention_params(query, key, value, out, lse, scratch, options)};
+  require(key.dtype == query.dtype, "sparse_attention: dtypes");
   TensorView* const lists[] = {&p.full_offsets, &p.full, &p.partial_offsets, &p.partial, &p.masks, &p.bits};
   for (std::size_t i = 0; i < 6; ++i) *lists[i] = blocks[i].cast<TensorView>();
   p.block = blocks[6].cast<std::int64_t>(), p.shared = blocks[7].cast<bool>();
@@ -250,7 +252,7 @@ std::int64_t sparse_attention(const TensorView& query, const TensorView& key, co
                               const TensorView& out, const Optional& lse, const TensorView& scratch,
                               const py::tuple& blocks) {
   const SparseAttentionParams p = sparse_params(query, key, value, out, lse, scratch, blocks);
-  return run(cpu::sparse_attention_scratch_bytes(p, threads()), scratch, [&] { cpu::sparse_attention(p); });
+  return run(cpu::sparse_attention_scratch_bytes(p, threads()), scratch, [p] { cpu::sparse_attention(p); });
 }
 
 std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorView& grad_query,
@@ -265,7 +267,7 @@ std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorV
   require(beside(grad_key, key, query.dtype) && beside(grad_value, value, query.dtype),
           "sparse_attention_backward: grad_key, grad_value");
   return run(cpu::sparse_attention_backward_scratch_bytes(p.forward, threads()), scratch,
-             [&] { cpu::sparse_attention_backward(p); });
+             [p] { cpu::sparse_attention_backward(p); });
 }
 
 }  // namespace

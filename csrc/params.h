@@ -102,6 +102,12 @@ struct RotaryParams {
   double eps;
 };
 
+// cache[b, h, starts[b] + l] = x[b, h, l] for x in (key, value): (B, Hkv, L, D or Dv) into (B, Hkv, capacity, D or Dv),
+// last strides 1; starts (B) int64, contiguous. int8 caches come with scales (B, Hkv, capacity) float32.
+struct AppendKvParams {
+  TensorView key, value, key_cache, value_cache, starts, key_scale, value_scale;
+};
+
 // y = gate / (1 + exp(-gate)) up, all of one shape, last strides 1.
 struct SwigluParams {
   TensorView gate, up, y;
@@ -139,6 +145,7 @@ void rms_norm_backward(const RmsNormBackwardParams& p);
 void layer_norm(const LayerNormParams& p);
 void rotary(const RotaryParams& p);
 void norm_rotary(const RotaryParams& p);
+void append_kv(const AppendKvParams& p);
 void swiglu(const SwigluParams& p);
 void gelu_tanh(const GeluTanhParams& p);
 }  // namespace cpu

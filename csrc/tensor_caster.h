@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "recording.h"
 #include "tensor_view.h"
 
 namespace qvl {
@@ -138,6 +139,7 @@ struct type_caster<qvl::TensorView> {
   PYBIND11_TYPE_CASTER(qvl::TensorView, const_name("torch.Tensor"));
 
   bool load(handle src, bool) {
+    if (qvl::Recording* recording = qvl::Recording::current()) recording->keep(src);
     if (qvl::DlPack::instance().view(src.ptr(), value)) return true;
     static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
     static PyObject* const kShape = PyUnicode_InternFromString("shape");

@@ -5,6 +5,7 @@ Each public name is one operation: `qvl_kernels/<op>.py` holds its contract. `ex
 """
 
 from ._backends import available_backends, explain, use_backend
+from .append_kv import append_kv
 from .attention import attention, quantize_kv
 from .attention_varlen import attention_varlen
 from .favor_features import EluFeatures, FavorFeatures
@@ -15,6 +16,7 @@ from .linear_attention import LinearAttentionState, linear_attention
 from .linear_attention_varlen import linear_attention_varlen
 from .norm_rotary import norm_rotary
 from .optimize import optimize
+from .recording import Recording
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .scaled_dot_product_attention import scaled_dot_product_attention
@@ -28,7 +30,9 @@ __all__ = [
     "LinearAttentionState",
     "PackedLinear",
     "PackedWeight",
+    "Recording",
     "SparsePattern",
+    "append_kv",
     "attention",
     "attention_varlen",
     "available_backends",

@@ -62,6 +62,7 @@ class Reference:
                 options._replace(key_scale=None, value_scale=None),
             )
             return out.to(query.dtype), lse
+        key, value = key.to(query.dtype), value.to(query.dtype)
         if offsets_q is not None and offsets_k is not None:
             offsets = offsets_q.tolist(), offsets_k.tolist()
             return varlen_reference.forward(query, key, value, *offsets, scale, causal, left, right)

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ BACKENDS = ("cpu_avx512", "cpu_avx2", "triton", "cuda", "reference")
 _EXTENSIONS = {"cpu_avx512": "_cpu_avx512", "cpu_avx2": "_cpu_avx2", "cuda": "_cuda"}
 _CPU_CAPABILITIES = {"cpu_avx512": ("AVX512",), "cpu_avx2": ("AVX2", "AVX512")}
 
+_recording = threading.local()  # .active, while qvl_kernels.Recording records calls of this thread
 _forced: str | None = os.environ.get("QVL_BACKEND") or None
 _operations: dict[str, Operation] = {}
 
@@ -67,11 +69,11 @@ class Operation:
             RuntimeError: a backend is forced and cannot run this call; the sentence says why.
         """
         if _forced is not None:
-            return self._forced_implementation(_known(_forced), *arguments)
+            return self._recordable(self._forced_implementation(_known(_forced), *arguments))
         for implementation in self._usable:
             refusal = implementation.supports(*arguments)
             if refusal is None:
-                return implementation
+                return self._recordable(implementation)
             self.last_refusal = refusal
         raise RuntimeError(f"{self.name}: no backend runs this call: {self.refusals(*arguments)}")
 
@@ -81,6 +83,14 @@ class Operation:
             return self._usable[0]
         forced = self.implementations.get(_forced)
         return forced if forced in self._usable else None
+
+    def _recordable(self, implementation: Any) -> Any:
+        if getattr(_recording, "active", False):
+            name = next(name for name, entry in self.implementations.items() if entry is implementation)
+            if not name.startswith("cpu"):
+                why = f", since {self.last_refusal}" if self.last_refusal else ""
+                raise RuntimeError(f"Recording: {self.name} would run on {name!r}, which is not recorded{why}")
+        return implementation
 
     def _forced_implementation(self, backend: str, *arguments: Any) -> Any:
         if backend not in self.implementations:

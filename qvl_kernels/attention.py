@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _checks
 from ._attention import Options, softmax_attention
+from .reference.append_kv import quantize
 
 
 def attention(
@@ -36,8 +37,9 @@ def attention(
 
     Args:
         query: (B, Hq, Lq, D). float32, bfloat16, float16 or float64; any strides.
-        key: (B, Hkv, Lk, D); Hq is a multiple of Hkv, query head h reads key head h // (Hq / Hkv).
-        value: (B, Hkv, Lk, Dv).
+        key: (B, Hkv, Lk, D); Hq is a multiple of Hkv, query head h reads key head h // (Hq / Hkv). In query's dtype,
+            or bfloat16 or float16 for a float32 query: a cache of half the size, widened in registers.
+        value: (B, Hkv, Lk, Dv) in key's dtype.
         causal: hide later keys.
         scale: factor of the scores; None is 1 / sqrt(D).
         window: (left, right) keys around a query's own position; a negative side is unlimited.
@@ -69,7 +71,7 @@ def attention(
             return out
     op = "attention"
     if key_scale is None and value_scale is None:
-        _checks.floating(op, query=query, key=key, value=value)
+        key, value = _check_floating(query, key, value)
     else:
         _check_int8(query, key, value, key_scale, value_scale)
     _checks.shape(op, "query", query, "(B, Hq, Lq, D)", (None, None, None, None))
@@ -109,9 +111,22 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     ([[[[64, -127, 32]]]], 0.0157)
     """
     _checks.floating("quantize_kv", x=x)
-    wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True) / 127
-    return torch.round(wide / torch.where(scale > 0, scale, 1.0)).to(torch.int8), scale.squeeze(-1)
+    return quantize(x)
+
+
+def _check_floating(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value, of 16 bits as they are only where no gradient is asked for."""
+    halves = torch.bfloat16, torch.float16
+    mixed = isinstance(query, Tensor) and query.dtype == torch.float32
+    if not (mixed and isinstance(key, Tensor) and key.dtype in halves):
+        _checks.floating("attention", query=query, key=key, value=value)
+        return key, value
+    _checks.floating("attention", key=key, value=value)
+    if key.device != query.device:
+        raise ValueError(f"attention: key must be on query's device {query.device}, got {key.device}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return key.float(), value.float()
+    return key, value
 
 
 def _check_int8(

@@ -61,6 +61,7 @@ class Step:
         key_lengths: (B,) keys of each row of a ragged cache, or None.
         counts: (B,) tokens of this pass that count in each row, padding behind them; None where all do.
         parts: of packed tokens, where each row's lie; `cache` is then None.
+        recorded: the step is recorded, to be replayed when the cache has grown: views of it must be of all of it.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -68,12 +69,7 @@ class Step:
     key_lengths: Tensor | None
     counts: Tensor | None = None
     parts: Sequence[Part] | None = None
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What the cache keeps in floating point, where queries, keys and values have to be of it; else None."""
-        cache = self.parts[0].cache if self.parts else self.cache
-        return cache.dtype if cache is not None and cache.dtype.is_floating_point else None
+    recorded: bool = False
 
 
 class Kind(Protocol):
@@ -85,6 +81,9 @@ class Kind(Protocol):
     def text(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor: ...
 
     def vision(self, layer: int, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor: ...
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,12 @@ class Fused:
             return attention(query, key, value, causal=True)
         store = step.cache.stores[layer]
         assert isinstance(store, FullStore)
-        key, value, *scales = store.append(step.cache.starts, key, value)
+        store.append(step.cache.lengths, key, value)
+        key, value, *scales = store.view(None if step.recorded else max(step.cache.starts) + query.shape[2])
         quantized: dict[str, Any] = dict(zip(("key_scale", "value_scale"), scales))
+        dtype, stored = query.dtype, key.dtype
+        if stored.is_floating_point and not (dtype == torch.float32 and stored in _HALVES):
+            query = query.to(stored)
         return attention(query, key, value, causal=True, key_lengths=step.key_lengths, **quantized)
 
     def vision(self, layer: int, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
@@ -164,6 +167,7 @@ class SlidingWindow:
             return sparse_attention(query, key, value, self.pattern(tokens, tokens), causal=True)
         store, starts = step.cache.stores[layer], step.cache.starts
         assert isinstance(store, WindowStore)
+        query, key, value = (x.to(step.cache.dtype) for x in (query, key, value))
         if tokens == 1 and step.counts is None:
             used = store.write_one(starts, key, value)
             if len(set(starts)) == 1:
@@ -205,7 +209,9 @@ class _Blocks:
             return sparse_attention(query, key, value, self.pattern(query, key), causal=True)
         store = step.cache.stores[layer]
         assert isinstance(store, FullStore)
-        key, value = store.append(step.cache.starts, key, value)
+        store.append(step.cache.lengths, key, value)
+        key, value = store.view(max(step.cache.starts) + query.shape[2])
+        query = query.to(key.dtype)
         if query.shape[2] == 1:
             return attention(query, key, value, causal=True, key_lengths=step.key_lengths)
         outs = []

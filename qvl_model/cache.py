@@ -15,6 +15,9 @@ from .config import TextConfig
 class KVCache:
     """Room for `capacity` tokens in each of `batch` rows; every row has its own length.
 
+    Attributes:
+        lengths: (B,) tokens that count in each row.
+
     A step first calls `begin`, then each layer's attention uses `stores[layer]`, then `advance` counts the tokens.
     Tokens that do not count (padding on the right of a shorter row) are overwritten by the next step, or never kept.
 
@@ -46,12 +49,10 @@ class KVCache:
         kinds = kinds_of_layers(names_of_layers(attention, config.num_hidden_layers))
         self.stores = [kind.store(shape, dtype, device) for kind in kinds]
         self.batch, self.capacity, self.dtype, self.device = batch, capacity, dtype, torch.device(device)
+        # Twice: kernels read the tensor, which stays the same one while the rows do; Python reads the list.
+        self.starts = [0] * batch
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.reset()
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) tokens that count in each row."""
-        return torch.tensor(self.starts)
 
     @property
     def nbytes(self) -> int:
@@ -59,10 +60,14 @@ class KVCache:
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
-        self.starts = [0] * self.batch
+        self._count([0] * self.batch)
         self.rope_deltas = torch.zeros(self.batch, dtype=torch.long)
         for store in self.stores:
             store.reset()
+
+    def _count(self, starts: list[int]) -> None:
+        self.starts = starts
+        self.lengths.copy_(torch.tensor(starts))
 
     def begin(self, tokens: int) -> Tensor | None:
         """The (B,) key lengths of a step of `tokens` tokens in every row, or None where all rows are equally long.
@@ -73,13 +78,11 @@ class KVCache:
         needed = max(self.starts) + tokens
         if needed > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens, {needed} are needed")
-        if len(set(self.starts)) == 1:
-            return None
-        return torch.tensor([start + tokens for start in self.starts], device=self.device)
+        return None if len(set(self.starts)) == 1 else self.lengths + tokens
 
     def advance(self, tokens: Tensor) -> None:
         """Counts (B,) tokens of the step that the layers just saw."""
-        self.starts = [start + new for start, new in zip(self.starts, tokens.tolist())]
+        self._count([start + new for start, new in zip(self.starts, tokens.tolist())])
 
     def truncate(self, lengths: Tensor) -> None:
         """Keeps the first (B,) tokens of each row, for example a shared prompt.
@@ -94,13 +97,13 @@ class KVCache:
             for old, new in zip(self.starts, wanted):
                 if why := store.cannot_truncate(old, new):
                     raise ValueError(f"cannot truncate lengths {self.starts} to {wanted}: {why}")
-        self.starts = wanted
+        self._count(wanted)
 
     def row(self, number: int) -> KVCache:
         """One row as a cache of its own, on the same memory; `join` makes what all rows wrote the whole's."""
         view = copy.copy(self)
         view.stores = [store.row(number) for store in self.stores]
-        view.batch, view.starts = 1, [self.starts[number]]
+        view.batch, view.starts, view.lengths = 1, [self.starts[number]], self.lengths[number : number + 1]
         view.rope_deltas = self.rope_deltas[number : number + 1]
         return view
 
@@ -108,13 +111,13 @@ class KVCache:
         """Takes over every row's lengths and what was written to it."""
         for number, store in enumerate(self.stores):
             store.join([row.stores[number] for row in rows])
-        self.starts = [row.starts[0] for row in rows]
+        self._count([row.starts[0] for row in rows])
 
     def copy_beginning(self, other: KVCache, tokens: int) -> None:
         """Of one row to another, which has seen just these `tokens` so far."""
         for mine, theirs in zip(self.stores, other.stores):
             mine.copy_beginning(theirs, tokens)
-        self.starts = [tokens]
+        self._count([tokens])
 
     def select(self, rows: list[int]) -> None:
         """Keeps these rows, in this order: finished ones leave, and one may be repeated."""
@@ -123,4 +126,5 @@ class KVCache:
             store.keep(index)
         self.batch = len(rows)
         self.starts = [self.starts[row] for row in rows]
+        self.lengths = self.lengths[index]
         self.rope_deltas = self.rope_deltas[index.cpu()]

@@ -159,10 +159,13 @@ def stream_tokens(
 def _steps(
     model: Qwen3VL, prompt: _Prompt, options: GenerationOptions, sampler: Sampler, watch: StopWatch
 ) -> Iterator[Tensor]:
+    from .decoding import Decoder
+
     batch, tokens = prompt.inputs.embeds.shape[:2]
     steps = min(options.max_new_tokens, prompt.room)
     cache = model.new_cache(batch, tokens + steps - 1)
     logits = _prefill(model, prompt.inputs, cache, options)
+    decode = Decoder(model, cache)
     rows = list(range(batch))  # of the prompt, those that the cache still holds
     alive = set(rows)
     for step in range(steps):
@@ -183,8 +186,8 @@ def _steps(
             cache.select(kept)
             sampler.select(kept)
             chosen = chosen[kept]
-        hidden = model.hidden_states(model.embed_inputs(chosen[:, None], cache=cache), cache)
-        logits = model.lm_head(hidden[:, -1])
+            decode = Decoder(model, cache)
+        logits = decode(chosen)
 
 
 def make_options(

@@ -101,15 +101,19 @@ def text_rope(config: TextConfig, ids: Tensor) -> tuple[Tensor, Tensor]:
     Source: Bai et al., Qwen3-VL technical report, 2025, section 2 (interleaved M-RoPE).
     """
     half = config.head_dim // 2
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=ids.device) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
     place = torch.arange(half, device=ids.device)
     axis = torch.zeros_like(place)
     for which in (1, 2):
         axis[(place % 3 == which) & (place < 3 * config.mrope_section[which])] = which
-    angles = ids.float()[axis].permute(1, 2, 0) * frequency
+    angles = ids.float()[axis].permute(1, 2, 0) * rope_frequencies(config, ids.device)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(config: TextConfig, device: torch.device | None = None) -> Tensor:
+    """theta^(-2 i / D) for i in [0, D / 2): the angle of a text token at position p is p times that."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    return 1.0 / config.rope_theta**exponent
 
 
 def patch_positions(grid_thw: Tensor, merge: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from qvl_kernels import LinearAttentionState, quantize_kv
+from qvl_kernels import LinearAttentionState, append_kv
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,22 +75,15 @@ class FullStore(_Rows):
         if dtype == torch.int8:
             self.memory += tuple(torch.zeros(shape[:3], device=device, dtype=torch.float32) for _ in range(2))
 
-    def append(self, starts: Sequence[int], key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Writes (B, Hkv, L, D) keys and values behind each row's first `starts` tokens. Returns views (B, Hkv, Lk, D)
-        of the keys and values of all so far, and for int8 their scales (B, Hkv, Lk)."""
-        written: tuple[Tensor, ...] = (key, value)
-        if len(self.memory) > 2:
-            (key, key_scale), (value, value_scale) = quantize_kv(key), quantize_kv(value)
-            written = (key, value, key_scale, value_scale)
-        tokens = key.shape[2]
-        for memory, new in zip(self.memory, written):
-            if len(set(starts)) == 1:
-                memory[:, :, starts[0] : starts[0] + tokens] = new
-            else:
-                for row, start in enumerate(starts):
-                    memory[row, :, start : start + tokens] = new[row]
-        end = max(starts) + tokens
-        return tuple(memory[:, :, :end] for memory in self.memory)
+    def append(self, lengths: Tensor, key: Tensor, value: Tensor) -> None:
+        """Writes (B, Hkv, L, D) keys and values behind each row's first `lengths` tokens, in the cache's dtype."""
+        keys, values, *scales = self.memory
+        append_kv(key, value, keys, values, lengths, **dict(zip(("key_scale", "value_scale"), scales)))
+
+    def view(self, end: int | None) -> tuple[Tensor, ...]:
+        """Keys and values (B, Hkv, end, D) of the first `end` tokens, and for int8 their scales (B, Hkv, end); None is
+        the whole capacity."""
+        return self.memory if end is None else tuple(memory[:, :, :end] for memory in self.memory)
 
     def copy_beginning(self, other: FullStore, tokens: int) -> None:
         for mine, theirs in zip(self.memory, other.memory):

@@ -41,8 +41,6 @@ class TextAttention(nn.Module):
         query, key, value = (y.view(heads).transpose(1, 2) for y in self._project(x))
         weights = self.q_norm.weight, self.k_norm.weight
         query, key = norm_rotary(query, key, *weights, self.q_norm.eps, *step.rope)
-        if step.dtype is not None:
-            query, key, value = query.to(step.dtype), key.to(step.dtype), value.to(step.dtype)
         if step.parts is None:
             out = self.kind.text(self.layer, query, key, value, step)
         else:

@@ -139,6 +139,36 @@ def test_int8_keys_and_values(backend, len_q, len_k, dim, dtype):
     assert_close("out", ours, exact, plain, len_k + dim, largest=max(1.0, score) * largest, method=method)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("len_q", "len_k", "dim"), [(1, 1, 8), (1, 2300, 64), (3, 130, 33), (40, 250, 72)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cache_of_half_the_size_for_float32_queries(backend, len_q, len_k, dim, stored):
+    """No error but float32's: the stored numbers are what is meant."""
+    q, k, v = qkv(2, 4, 2, len_q, len_k, dim, device=device_of(backend))
+    k, v = k.to(stored), v.to(stored)
+    for lengths in (torch.tensor([len_k, len_k // 2], device=q.device), None):
+        with on(backend):
+            ours = attention(q, k, v, causal=True, key_lengths=lengths)
+        visible = reference.visible_keys(len_q, len_k, True, -1, -1, lengths, q.device)
+        wide = q.double(), k.double(), v.double()
+        exact = reference.forward(*wide, 1 / math.sqrt(dim), visible, None)[0]
+        plain = reference.forward(q, k.float(), v.float(), 1 / math.sqrt(dim), visible, None)[0]
+        score = (wide[0] @ wide[1].repeat_interleave(2, 1).transpose(-1, -2)).abs().max().item() / math.sqrt(dim)
+        largest = max(1.0, score) * v.double().abs().max().item()
+        assert_close("out", ours, exact, plain, len_k + dim, largest=largest)
+
+
+def test_a_cache_of_half_the_size_passes_gradients_on():
+    q, k, v = qkv(1, 4, 2, 3, 5, 8)
+    q.requires_grad_(), v.requires_grad_()
+    attention(q, k.bfloat16(), v.bfloat16(), causal=True).square().sum().backward()
+    grads = q.grad, v.grad
+    q.grad = v.grad = None
+    attention(q, k.bfloat16().float(), v.bfloat16().float(), causal=True).square().sum().backward()
+    torch.testing.assert_close(grads[0], q.grad)
+    torch.testing.assert_close(grads[1], v.grad, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 def test_int8_keys_meet_queries_that_are_not_finite_or_all_zero(backend):
     q, k, v = qkv(1, 2, 2, 1, 70, 40)
@@ -365,7 +395,8 @@ Q = torch.zeros(2, 4, 3, 8)
         ),
         ((Q, Q[:, :3], Q[:, :3]), {}, ValueError, "query's 4 heads must be a multiple of key's 3"),
         ((Q, Q, Q[:, :, :2]), {}, ValueError, r"value must have shape \(B, Hkv, Lk, Dv\) = \(2, 4, 3, \*\)"),
-        ((Q, Q.half(), Q), {}, TypeError, "key must have query's dtype float32, got float16"),
+        ((Q, Q.double(), Q), {}, TypeError, "key must have query's dtype float32, got float64"),
+        ((Q, Q.half(), Q), {}, TypeError, "value must have key's dtype float16, got float32"),
         (
             (Q, Q, Q),
             {"mask": torch.zeros(3, 4)},

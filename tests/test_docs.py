@@ -19,6 +19,7 @@ from qvl_kernels import _backends
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OPERATIONS = [
+    "append_kv",
     "attention",
     "attention_varlen",
     "linear_attention",

@@ -25,6 +25,10 @@ void with_cache_type(const AttentionParams& p, const F& f) {
   with_storage_type(p.query.dtype, [&](auto t) {
     if constexpr (!std::is_same_v<decltype(t), double>)
       if (p.key.dtype == DType::i8) return f(t, std::int8_t{});
+    if constexpr (std::is_same_v<decltype(t), float>) {
+      if (p.key.dtype == DType::bf16) return f(t, bf16{});
+      if (p.key.dtype == DType::f16) return f(t, f16{});
+    }
     f(t, t);
   });
 }
@@ -32,7 +36,7 @@ void with_cache_type(const AttentionParams& p, const F& f) {
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 // Where the tensors of one segment and KV head lie, and which keys its rows see. T is the storage type of queries and
-// output, S that of keys and values: T, or int8 with a scale for each key.
+// output, S that of keys and values: T; of 16 bits where T is float; or int8 with a scale for each key.
 template <class T, class S = T>
 struct Head {
   const T* query;
