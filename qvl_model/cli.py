@@ -93,6 +93,17 @@ AttentionOption = Annotated[
         "all layers, or repeated for each. Default: what the checkpoint was trained with.",
     ),
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory that the model may take, such as 3GB: weights, cache and chunks are chosen to fit. Default: what "
+        "is free.",
+    ),
+]
+CacheOption = Annotated[
+    str | None, typer.Option(help="Format of keys and values: fp32, bf16, fp16, int8. Default: the checkpoint's.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch finds.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TemperatureOption = Annotated[
@@ -142,6 +153,7 @@ class Choice:
     device: str
     threads: int | None
     attention: list[str] | None
+    max_memory: str | None = None
 
     def load(self) -> Qwen3VL:
         import torch
@@ -157,13 +169,17 @@ class Choice:
             weights = "fp32"
         attention = self.attention[0] if self.attention and len(self.attention) == 1 else self.attention
         source = self.model or SHIPPED_MODEL
-        model = Qwen3VL.from_pretrained(source, weights=weights, attention=attention, device=self.device)
+        where = {"device": self.device, "max_memory": self.max_memory}
+        model = Qwen3VL.from_pretrained(source, weights=weights, attention=attention, **where)
         processor_of(model)
         return model
 
 
-def _generation(max_new_tokens: int, temperature: float, seed: int | None, **filters: Any) -> dict[str, Any]:
+def _generation(
+    max_new_tokens: int, temperature: float, seed: int | None, cache: str | None, **filters: Any
+) -> dict[str, Any]:
     """The options of `generate`, checked before a model is loaded."""
+    from .generation import GenerationOptions
     from .sampling import SamplingOptions
 
     penalty = filters.pop("repetition_penalty")
@@ -174,8 +190,8 @@ def _generation(max_new_tokens: int, temperature: float, seed: int | None, **fil
     sampling: dict[str, Any] = {"repetition_penalty": penalty}
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature, "seed": seed, **given}
-    SamplingOptions(**sampling)
-    return {"max_new_tokens": max_new_tokens, **sampling}
+    GenerationOptions(max_new_tokens, SamplingOptions(**sampling), cache=cache)
+    return {"max_new_tokens": max_new_tokens, "cache": cache, **sampling}
 
 
 def _media(images: list[str] | None, videos: list[str] | None) -> tuple[list[Any], list[str]]:
@@ -207,6 +223,8 @@ def ask(
     model: ModelOption = None,
     weights: WeightsOption = "auto",
     attention: AttentionOption = None,
+    cache: CacheOption = None,
+    max_memory: MemoryOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_new_tokens: TokensOption = 512,
@@ -228,11 +246,11 @@ def ask(
     `qvl ask --video street.mp4 --model Qwen/Qwen3-VL-2B-Instruct --temperature 0.7 --top-p 0.8 "What happens?"`
     """
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
-    generation = _generation(max_new_tokens, temperature, seed, **filters)
+    generation = _generation(max_new_tokens, temperature, seed, cache, **filters)
     if not question.strip():
         raise ValueError("the question is empty")
     images, videos = _media(image, video)
-    loaded = Choice(model, weights, device, threads, attention).load()
+    loaded = Choice(model, weights, device, threads, attention, max_memory).load()
     _print_stream(loaded.chat(question, images, videos, stream=True, **generation))  # type: ignore[arg-type]
 
 
@@ -243,6 +261,8 @@ def chat(
     model: ModelOption = None,
     weights: WeightsOption = "auto",
     attention: AttentionOption = None,
+    cache: CacheOption = None,
+    max_memory: MemoryOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_new_tokens: TokensOption = 512,
@@ -263,9 +283,9 @@ def chat(
     from .interactive import converse
 
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
-    generation = _generation(max_new_tokens, temperature, seed, **filters)
+    generation = _generation(max_new_tokens, temperature, seed, cache, **filters)
     images, videos = _media(image, video)
-    loaded = Choice(model, weights, device, threads, attention).load()
+    loaded = Choice(model, weights, device, threads, attention, max_memory).load()
     converse(loaded, images, videos, generation)
 
 
@@ -356,20 +376,39 @@ def pack(
 
 
 @app.command()
-def info(model: ModelOption = None) -> None:
-    """Versions, this machine, the kernel backends that run on it and why the others do not, and a model's sizes.
+def info(
+    model: ModelOption = None,
+    max_memory: MemoryOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer to plan for.")] = 4096,
+    image_size: Annotated[int, typer.Option(min=0, help="Side in pixels of the largest picture to plan for.")] = 1024,
+) -> None:
+    """Versions, this machine, the kernel backends that run on it and why the others do not, and a model's sizes: what
+    each weight format takes in memory, and which one fits.
 
-    Example: `qvl info --model ./Qwen3-VL-2B-Instruct`
+    Examples:
+
+    `qvl info --model ./Qwen3-VL-2B-Instruct`
+
+    `qvl info --model ./Qwen3-VL-2B-Instruct --max-memory 4GB --tokens 16384`
     """
-    from .info import aligned, describe_kernels, describe_machine, describe_model, describe_versions
+    import torch
+
+    from .config import Qwen3VLConfig
+    from .info import aligned, describe_kernels, describe_machine, describe_model, describe_plans, describe_versions
+    from .memory import available_memory, parse_bytes
+    from .planning import Use
     from .processor import PROCESSOR_FILES, find_folder
+    from .weights import CONFIG_NAME
 
     typer.echo(f"{describe_versions()}\n")
     typer.echo(f"{aligned(describe_machine())}\n")
     typer.echo(f"{describe_kernels()}\n")
     # Of a hub repository only the small files are fetched: its weights are not needed to say how large they are.
     folder = find_folder(model, PROCESSOR_FILES) if model else SHIPPED_MODEL
-    typer.echo(aligned(describe_model(folder)))
+    typer.echo(f"{aligned(describe_model(folder))}\n")
+    side = image_size // Qwen3VLConfig.from_json(folder / CONFIG_NAME).vision.patch_size
+    budget = available_memory(torch.device("cpu")) if max_memory is None else parse_bytes(max_memory)
+    typer.echo(describe_plans(folder, budget, Use(tokens, side * side)))
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ def can_be_recorded(model: Qwen3VL, cache: KVCache) -> bool:
     kinds = [module.kind for module in text.modules() if isinstance(module, TextAttention)]
     return (
         Recording.is_possible()
+        and not model.paged
         and model.dtype == torch.float32
         and model.device.type == "cpu"
         and cache.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from .planning import CACHES
 from .sampling import Sampler, SamplingOptions
 from .stopping import StopWatch, UntilStop
 
@@ -49,6 +50,7 @@ class GenerationOptions:
         pad_id: what stands behind the end of a row.
         prefill_chunk: a prompt is computed so many tokens at a time, which bounds the memory of its activations.
         progress: show a bar on a terminal.
+        cache: format of keys and values: "fp32", "bf16", "fp16", "int8"; None is the model's choice.
     """
 
     max_new_tokens: int = 512
@@ -58,11 +60,14 @@ class GenerationOptions:
     pad_id: int = 0
     prefill_chunk: int = 1024
     progress: bool = False
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generate: {name} must be at least 1, got {getattr(self, name)}")
+        if self.cache is not None and self.cache not in CACHES:
+            raise ValueError(f"generate: cache must be one of {', '.join(CACHES)}, got {self.cache!r}")
         if "" in self.stop_strings:
             raise ValueError("generate: a stop string must not be empty")
 
@@ -163,7 +168,7 @@ def _steps(
 
     batch, tokens = prompt.inputs.embeds.shape[:2]
     steps = min(options.max_new_tokens, prompt.room)
-    cache = model.new_cache(batch, tokens + steps - 1)
+    cache = model.new_cache(batch, tokens + steps - 1, CACHES[options.cache] if options.cache else None)
     logits = _prefill(model, prompt.inputs, cache, options)
     decode = Decoder(model, cache)
     rows = list(range(batch))  # of the prompt, those that the cache still holds
@@ -196,8 +201,9 @@ def make_options(
     max_new_tokens: int = 512,
     stop: Stop | None = None,
     ignore_eos: bool = False,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int | None = None,
     progress: bool = True,
+    cache: str | None = None,
     **sampling: Any,
 ) -> GenerationOptions:
     """The options of `generate`, with the end and pad tokens of the checkpoint that `model` came from."""
@@ -212,8 +218,9 @@ def make_options(
         frozenset(ids),
         tuple(entry for entry in entries if isinstance(entry, str)),
         0 if processor is None else processor.pad_token_id,
-        prefill_chunk,
+        prefill_chunk if prefill_chunk is not None else (model.plan.prefill_chunk if model.plan is not None else 1024),
         progress,
+        cache,
     )
 
 
@@ -242,7 +249,10 @@ def generate(
         streamer: is given the prompt and the (B,) tokens of every step.
         stop: strings or token ids (one, or several) that end a row, besides the checkpoint's end tokens.
         ignore_eos: go on behind the checkpoint's end tokens.
-        prefill_chunk: prompt tokens computed at a time (1024); a smaller number takes less memory.
+        prefill_chunk: prompt tokens computed at a time (1024, or less where memory is short); a smaller number takes
+            less memory.
+        cache: format of keys and values: "fp32", "bf16", "fp16", "int8" (1 byte each, for "fused" attention); by
+            default the checkpoint's, int8 where memory is short.
         progress: show a bar where the work is long and stderr a terminal (True).
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed: of `SamplingOptions`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ import qvl_kernels
 
 from .config import Qwen3VLConfig
 from .memory import available_memory
-from .weights import BYTES, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, list_tensors
+from .planning import FORMATS, Plan, Use, choose, plan_for
+from .weights import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, list_tensors
 
 _LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "pillow", "av", "triton")
 
@@ -72,7 +74,6 @@ def describe_model(folder: Path) -> list[tuple[str, str]]:
         ("model", str(folder)),
         ("parameters", f"{count:,}"),
         ("on disk", _on_disk(folder)),
-        ("in memory", ", ".join(f"{size(int(each * count))} {name}" for name, each in BYTES.items())),
         (
             "cache",
             f"{size(4 * token)} fp32, {size(2 * token)} bf16, {size(token + 4 * token // text.head_dim)} int8 a token",
@@ -89,6 +90,40 @@ def describe_model(folder: Path) -> list[tuple[str, str]]:
             f"{vision.patch_size} pixels, DeepStack from blocks {list(vision.deepstack_visual_indexes)}",
         ),
     ]
+
+
+def describe_plans(folder: Path, budget: int, use: Use) -> str:
+    """What each format of the weights takes, and the plan that `from_pretrained` would choose for `budget` bytes."""
+    config = Qwen3VLConfig.from_json(folder / CONFIG_NAME)
+    there = any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
+    stored = list_tensors(folder) if there else {}
+    formats = (config.weights,) if config.weights else FORMATS
+    plans = [plan_for(config, stored, name, use) for name in formats]
+    try:
+        chosen = choose(config, stored, "auto", budget, use)
+        how = f"weights {chosen.weights}, cache {chosen.cache}, {chosen.prefill_chunk} tokens of a prompt and "
+        how += f"{chosen.image_rows} patches of a picture at a time"
+        if chosen.resident is not None:
+            how += f", {size(chosen.resident)} of the weights in memory, the others read again for every token"
+        plans += [chosen] if chosen not in plans else []
+    except MemoryError as error:
+        how = str(error)
+    side = math.isqrt(use.patches) * config.vision.patch_size
+    return (
+        f"predicted peak of the process for {use.tokens:,} tokens and a picture of {side} x {side} pixels\n"
+        f"{_plan_table(plans)}\n{size(budget)} may be used: {how}"
+    )
+
+
+def _plan_table(plans: Iterable[Plan]) -> str:
+    rows: list[tuple[str, ...]] = [("weights", "", "cache", "", "activations", "Python and torch", "peak")]
+    for plan in plans:
+        in_memory = plan.weight_bytes if plan.resident is None else plan.resident
+        parts = in_memory, plan.cache_bytes, plan.work_bytes, plan.peak - plan.nbytes, plan.peak
+        texts = [size(part) for part in parts]
+        rows.append((plan.weights, texts[0], plan.cache, *texts[1:]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{text:<{width}}" for text, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def _on_disk(folder: Path) -> str:

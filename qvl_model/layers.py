@@ -64,17 +64,17 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """y = fc2(gelu_tanh(fc1(x))), the vision encoder's feed-forward layer."""
+    """y = fc2(gelu_tanh(fc1(x))) + residual, the vision encoder's feed-forward layer."""
 
     def __init__(self, channels: int, intermediate: int) -> None:
         super().__init__()
         self.linear_fc1 = nn.Linear(channels, intermediate)
         self.linear_fc2 = nn.Linear(intermediate, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if isinstance(self.linear_fc1, PackedLinear):
-            return self.linear_fc2(self.linear_fc1(x, activation="gelu_tanh"))
-        return self.linear_fc2(gelu_tanh(self.linear_fc1(x)))
+            return self.linear_fc2(self.linear_fc1(x, activation="gelu_tanh"), residual=residual)
+        return residual + self.linear_fc2(gelu_tanh(self.linear_fc1(x)))
 
 
 def embedding(rows: int, channels: int) -> nn.Embedding:

@@ -19,6 +19,7 @@ from .cache import KVCache
 from .config import Qwen3VLConfig
 from .inputs import Inputs, left_aligned
 from .media import distinct
+from .planning import CACHES, Plan
 from .positions import position_ids as compute_position_ids
 from .positions import text_rope
 from .text import TextModel
@@ -77,6 +78,8 @@ class Qwen3VL(nn.Module):
     """
 
     processor_source: str | None = None  # the folder it was loaded from, where `chat` finds the tokenizer
+    plan: Plan | None = None  # what `from_pretrained` chose for the memory there is
+    paged = False  # a part of the weights comes from the disk for every token
 
     def __init__(
         self,
@@ -144,8 +147,10 @@ class Qwen3VL(nn.Module):
         self.model.language_model.gradient_checkpointing = enabled
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
-        """A cache on the model's device; `dtype` is by default that of the embedding table, which is what the
-        checkpoint was stored in; int8 takes one byte an element."""
+        """A cache on the model's device; `dtype` is by default the plan's, or that of the embedding table, which is
+        what the checkpoint was stored in; int8 takes one byte an element and is for "fused" attention."""
+        if dtype is None and self.plan is not None and set(self.attention) == {"fused"}:
+            dtype = CACHES[self.plan.cache]
         dtype = dtype or self.model.language_model.embed_tokens.weight.dtype
         return KVCache(self.config.text, batch, capacity, dtype, self.device, self.attention)
 

@@ -89,7 +89,7 @@ def pack_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     if target.resolve() == folder.resolve():
         raise ValueError(f"{target}: the packed checkpoint needs a folder of its own")
-    sums = _write(target / f"{WEIGHTS_NAME}.part", layout, _tensors(released, packed, stored, weights), advance)
+    sums = _write(target / f"{WEIGHTS_NAME}.part", layout, packed_tensors(released, packed, stored, weights), advance)
     for name in PROCESSOR_FILES:
         if (folder / name).is_file() and name != CONFIG_NAME:
             shutil.copyfile(folder / name, target / name)
@@ -146,7 +146,7 @@ def _layout(packed: Qwen3VL) -> _Layout:
     return _Layout(struct.pack("<Q", len(text)) + text, moved, start + at)
 
 
-def _tensors(
+def packed_tensors(
     released: Qwen3VL, packed: Qwen3VL, stored: dict[str, StoredTensor], weights: str
 ) -> Iterator[tuple[tuple[str, ...], Callable[[], dict[str, Tensor]]]]:
     """Names of the packed file that belong together, and what makes their tensors; in the file's order."""

@@ -6,7 +6,8 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,30 @@ from .attention import Kind
 from .config import VisionConfig
 from .layers import GeluMLP, LayerNorm, embedding
 from .positions import interpolation, patch_positions, patch_rope
+
+ROWS = 4096  # patches that the layers between attentions see at a time: a picture of 1024 x 1024
+
+
+def by_rows(function: Callable[..., Any], rows: int, *tensors: Tensor) -> Any:
+    """function(*tensors), a tensor or a tuple of them, computed for `rows` rows of all tensors at a time, so that what
+    the function needs in between does not grow with the picture."""
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    parts = (function(*part) for part in zip(*(tensor.split(rows) for tensor in tensors)))
+    if torch.is_grad_enabled():
+        found = list(parts)
+        return torch.cat(found) if isinstance(found[0], Tensor) else tuple(torch.cat(one) for one in zip(*found))
+    whole: tuple[Tensor, ...] = ()
+    start = 0
+    for part in parts:  # into the whole at once: never all parts and the whole side by side
+        results = (part,) if isinstance(part, Tensor) else part
+        if not whole:
+            outputs = len(results[0]) * len(tensors[0]) // rows
+            whole = tuple(x.new_empty(outputs, *x.shape[1:]) for x in results)
+        for x, to in zip(results, whole):
+            to[start : start + len(x)] = x
+        start += len(results[0])
+    return whole[0] if isinstance(part, Tensor) else whole
 
 
 class _ConvWeight(nn.Module):
@@ -55,10 +80,15 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(P, C) to query, key and value, each (P, H, D)."""
         query, key, value = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
-        query, key = rotary(query, key, *rope)
-        return self.proj(self.kind.vision(self.block, query, key, value, offsets).flatten(1))
+        query, key = rotary(query, key, cos, sin)
+        return query, key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
+        """(P, C), what `proj` is given."""
+        return self.kind.vision(self.block, query, key, value, offsets).flatten(1)
 
 
 class VisionBlock(nn.Module):
@@ -71,9 +101,18 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config, block, kind)
         self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        y, x = self.norm2(self.attn(self.norm1(x), offsets, rope), x)
-        return x + self.mlp(y)
+    def forward(self, x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor], rows: int = ROWS) -> Tensor:
+        query, key, value = by_rows(self._project, rows, x, *rope)
+        attended = self.attn.attend(query, key, value, offsets)
+        del query, key, value
+        return by_rows(self._finish, rows, x, attended)
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(self.norm1(x), cos, sin)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        y, x = self.norm2(self.attn.proj(attended), x)
+        return self.mlp(y, x)
 
 
 class PatchMerger(nn.Module):
@@ -105,6 +144,7 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.rows = ROWS
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, block, kind) for block, kind in enumerate(kinds))
@@ -112,6 +152,10 @@ class VisionModel(nn.Module):
         self.deepstack_merger_list = nn.ModuleList(
             PatchMerger(config, after=True) for _ in config.deepstack_visual_indexes
         )
+
+    def _embed(self, patches: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        x = self.patch_embed(patches)
+        return x + (self.pos_embed(index) * weight[..., None]).sum(1).to(x.dtype)
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Args:
@@ -138,18 +182,19 @@ class VisionModel(nn.Module):
             raise ValueError(f"grids {grid_thw.tolist()} must be multiples of {config.spatial_merge_size} patches")
         positions = patch_positions(grid_thw, config.spatial_merge_size)
         index, weight = interpolation(config, grid_thw, positions)
-        x = self.patch_embed(patches)
-        x = x + (self.pos_embed(index) * weight[..., None]).sum(1).to(x.dtype)
+        x = by_rows(self._embed, self.rows, patches, index, weight)
         rope = patch_rope(config, positions)
         frames = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
         offsets = F.pad(frames.cumsum(0), (1, 0))
 
+        merged = max(1, self.rows // config.spatial_merge_size**2) * config.spatial_merge_size**2
         deepstack: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, offsets, rope, use_reentrant=False)
+                x = checkpoint(block, x, offsets, rope, self.rows, use_reentrant=False)
             else:
-                x = block(x, offsets, rope)
+                x = block(x, offsets, rope, self.rows)
             if number in config.deepstack_visual_indexes:
-                deepstack[number] = self.deepstack_merger_list[config.deepstack_visual_indexes.index(number)](x)
-        return self.merger(x), tuple(deepstack[number] for number in sorted(deepstack))
+                merger = self.deepstack_merger_list[config.deepstack_visual_indexes.index(number)]
+                deepstack[number] = by_rows(merger, merged, x)
+        return by_rows(self.merger, merged, x), tuple(deepstack[number] for number in sorted(deepstack))

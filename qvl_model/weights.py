@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .config import Qwen3VLConfig
 from .files import write_then_rename
 from .memory import available_memory, parse_bytes, pick_device
+from .planning import FORMATS, choose
 
 if TYPE_CHECKING:
     from .model import Qwen3VL
@@ -35,7 +36,6 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 PADDING = "padding."  # names of bytes between tensors: the format allows no holes
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.63}  # a weight of each format, scales included
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -245,32 +245,8 @@ def _assign(model: nn.Module, names: Iterable[str], value: Tensor) -> None:
 
 def check_format(weights: str) -> None:
     """Raises ValueError, naming the formats that exist, unless `weights` is one of them or "auto"."""
-    if weights != "auto" and weights not in BYTES:
-        raise ValueError(f"weights={weights!r} is no weight format; there are auto, {', '.join(BYTES)}")
-
-
-def choose_format(stored: Iterable[StoredTensor], weights: str, budget: int, device: torch.device) -> str:
-    """The format as asked; for "auto" the checkpoint's own, or the first of bf16, int8, int4 that `budget` bytes hold.
-
-    Raises MemoryError where it exceeds `budget` in any case.
-    """
-    tensors = list(stored)
-    count = sum(math.prod(tensor.shape) for tensor in tensors)
-    if weights != "auto":
-        choice = weights
-    else:
-        by_dtype = {name: sum(math.prod(t.shape) for t in tensors if t.dtype == name) for name in _DTYPES}
-        own = "bf16" if max(by_dtype, key=lambda name: by_dtype[name]) in ("BF16", "F16") else "fp32"
-        smaller = list(BYTES) if device.type == "cpu" else ["fp32", "bf16"]
-        choices = smaller[smaller.index(own) :]
-        choice = next((name for name in choices if BYTES[name] * count <= budget), choices[-1])
-    if BYTES[choice] * count > budget:
-        less = next((name for name in BYTES if BYTES[name] * count <= budget), None)
-        hint = f"; weights={less!r} takes {BYTES[less] * count / 2**30:.2f} GiB" if less else ""
-        raise MemoryError(
-            f"the weights take {BYTES[choice] * count / 2**30:.2f} GiB, {budget / 2**30:.2f} GiB may be used{hint}"
-        )
-    return choice
+    if weights != "auto" and weights not in FORMATS:
+        raise ValueError(f"weights={weights!r} is no weight format; there are auto, {', '.join(FORMATS)}")
 
 
 def load_pretrained(
@@ -292,16 +268,21 @@ def load_pretrained(
             that cannot be trained; or "auto": the checkpoint's own, smaller where that would exceed `max_memory`.
         attention, vision_attention, fusion: of `Qwen3VL`.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        max_memory: bytes (or "12GB") that the weights may take; by default what the device has free.
+        max_memory: bytes (or "12GB") that the model may take: weights, a cache of 4096 tokens, and what a prompt and
+            a picture of 1024 x 1024 need to be computed (`qvl_model.planning`); by default what the device has free.
+            Where that is little, the cache becomes int8 and chunks smaller, then the weights; a packed checkpoint
+            that is larger still keeps a part of its weights on the disk (`qvl_model.paging`).
 
-    The model is complete or there is none. Parameters whose dtype is the stored one are mapped, not copied.
+    The model is complete or there is none; `model.plan` says what was chosen. Parameters whose dtype is the stored one
+    are mapped, not copied.
 
     Raises:
         FileNotFoundError: no such folder, file, shard, or hub repository.
         CheckpointError, ConfigError: the message names the file and the tensor or field.
-        MemoryError: the weights exceed `max_memory`; the message names a format that would not.
+        MemoryError: no plan fits into `max_memory`; the message names a format that would.
     """
-    from .packing import expect_packed, pack_model
+    from .packing import pack_model
+    from .paging import page
     from .processor import PROCESSOR_FILES, find_folder  # with it come tokenizers, jinja2 and pillow
 
     check_format(weights)
@@ -312,25 +293,54 @@ def load_pretrained(
         model = cls(config, attention=attention, vision_attention=vision_attention, fusion=fusion)
     target = pick_device(device, sum(tensor.nbytes for tensor in stored.values()))
     budget = available_memory(target) if max_memory is None else parse_bytes(max_memory)
-    if config.weights:
-        if weights not in ("auto", config.weights):
-            raise ValueError(f"{folder} is packed as {config.weights}, weights={weights!r} is not in it")
-        chosen = config.weights
+    if config.weights and weights not in ("auto", config.weights):
+        raise ValueError(f"{folder} is packed as {config.weights}, weights={weights!r} is not in it")
+    plan = choose(config, stored, weights, budget, device=target.type)
+    quantised = plan.weights in ("int8", "int4") and not config.weights
+    if quantised and target.type == "cpu":
+        model = _packed_on_the_way(model, stored, plan.weights, folder)
     else:
-        chosen = choose_format(stored.values(), weights, budget, target)
-    table = stored_dtype(stored)
-    if config.weights or (chosen == "bf16" and target.type == "cpu"):
-        table = torch.bfloat16 if chosen == "bf16" else table
-        expect_packed(model, chosen, joined=bool(config.weights), stored=table)
-    else:
-        model.to(torch.float32 if chosen == "fp32" else table if chosen != "bf16" else torch.bfloat16)
-    check_tensors(stored, model, folder)
-    assign_tensors(model, stored, target)
-    model.tie_weights()
-    if chosen in ("int8", "int4") and not config.weights:
-        pack_model(model, chosen)
+        _expect(model, stored, plan.weights, target)
+        check_tensors(stored, model, folder)
+        assign_tensors(model, stored, target)
+        model.tie_weights()
+        if quantised:
+            pack_model(model, plan.weights)
+    model.model.visual.rows = plan.image_rows
+    model.plan = plan
+    if plan.resident is not None:
+        page(model, plan.resident)
     model.processor_source = str(folder)
     return model.eval()
+
+
+def _expect(model: Qwen3VL, stored: Mapping[str, StoredTensor], weights: str, device: torch.device) -> None:
+    """Makes a model on the meta device ask for what is stored, in the dtypes that are wanted."""
+    from .packing import expect_packed
+
+    if model.config.weights or (weights == "bf16" and device.type == "cpu"):
+        table = torch.bfloat16 if weights == "bf16" else stored_dtype(stored)
+        expect_packed(model, weights, joined=bool(model.config.weights), stored=table)
+    else:
+        model.to({"fp32": torch.float32, "bf16": torch.bfloat16}.get(weights, stored_dtype(stored)))
+
+
+def _packed_on_the_way(model: Model, stored: dict[str, StoredTensor], weights: str, folder: Path) -> Model:
+    """A model like the given one, which is on the meta device, with the checkpoint's matrices packed. Of what is stored
+    one matrix at a time is in memory."""
+    from .pack_file import packed_tensors
+    from .packing import expect_packed
+
+    check_tensors(stored, model, folder)
+    with torch.device("meta"):
+        packed = type(model)(model.config, attention=model.attention, vision_attention=model.vision_attention)
+    expect_packed(packed, weights, joined=True, stored=stored_dtype(stored))
+    for _, make in packed_tensors(model, packed, stored, weights):
+        for name, tensor in make().items():
+            _assign(packed, [name], tensor)
+    packed.tie_weights()
+    packed.config = replace(packed.config, weights=weights)
+    return packed
 
 
 def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from tiny import IMAGE, images, prompt
+from tiny import IMAGE, images, prompt, tiny_config, tiny_model
 from torch import nn
 
 from qvl_kernels import PackedLinear
-from qvl_model import Qwen3VL
+from qvl_model import Qwen3VL, Qwen3VLConfig, planning
 from qvl_model.pack_file import CHECKSUMS_NAME, pack_checkpoint, verify
 from qvl_model.weights import CheckpointError, list_tensors, read_header, save_pretrained
 
@@ -154,15 +154,23 @@ def test_damage_is_found(tmp_path):
 
 
 def test_auto_takes_what_fits(tmp_path):
-    write_checkpoint(tmp_path, dtype=torch.bfloat16)
-    count = sum(torch.Size(tensor.shape).numel() for tensor in list_tensors(tmp_path).values())
-    for budget, format in ((2 * count, "bf16"), (2 * count - 1, "int8"), (count, "int4")):
-        model = Qwen3VL.from_pretrained(tmp_path, max_memory=int(budget))
+    text, vision = {"hidden_size": 256, "intermediate_size": 512}, {"out_hidden_size": 256}
+    save_pretrained(tiny_model(tiny_config(tied=True, text=text, vision=vision)).bfloat16(), tmp_path)
+    least = {name: smallest(tmp_path, name) for name in ("bf16", "int8", "int4")}
+    for budget, format in ((least["bf16"], "bf16"), (least["bf16"] - 1, "int8"), (least["int4"], "int4")):
+        model = Qwen3VL.from_pretrained(tmp_path, max_memory=budget)
+        assert model.plan.weights == format
         assert model.model.language_model.layers[0].mlp.down_proj.format == format
     with pytest.raises(MemoryError, match="may be used"):
-        Qwen3VL.from_pretrained(tmp_path, max_memory=count // 2)
+        Qwen3VL.from_pretrained(tmp_path, max_memory=least["int4"] - 1)
     with pytest.raises(MemoryError, match="weights='int8' takes"):
-        Qwen3VL.from_pretrained(tmp_path, weights="bf16", max_memory=2 * count - 1)
+        Qwen3VL.from_pretrained(tmp_path, weights="bf16", max_memory=least["bf16"] - 1)
+
+
+def smallest(folder, weights):
+    """Bytes of the smallest plan with these weights."""
+    config, stored = Qwen3VLConfig.from_json(folder / "config.json"), list_tensors(folder)
+    return min(plan.nbytes for plan in planning._plans(config, stored, weights, planning.Use()))
 
 
 def test_gradients_pass_through_packed_matrices(tmp_path):

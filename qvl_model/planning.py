@@ -1,0 +1,188 @@
+"""What a model takes in memory, predicted from its numbers, and the formats, cache and chunks that fit into what there
+is.
+
+    weights   what a step reads of them: all but the embedding table where that is a table of its own, of which a step
+              reads a row a token; mapped pages count as they are read
+    cache     keys and values of `tokens` tokens
+    work      the larger of a picture's and a prompt's activations
+    base      Python, torch and this package
+
+Smaller formats come in the order of what they cost: first int8 keys and values and smaller chunks, which cost next to
+nothing, then the next format of the weights. Of a packed checkpoint, whose format is what it is, a part of the weights
+can stay on the disk (`qvl_model.paging`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .config import Qwen3VLConfig
+
+if TYPE_CHECKING:
+    from .weights import StoredTensor
+
+FORMATS = ("fp32", "bf16", "int8", "int4")  # of weights, best first
+CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+BASE_BYTES = 245 << 20  # measured: the process before a model is loaded
+_LAYERS_AT_LEAST = 8  # of a model's weights an eighth has to fit, two layers and the head among them
+_CHUNKS = ((1024, 4096), (512, 2048), (256, 1024))  # tokens of a prompt, patches of a picture
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a plan is made for: `tokens` in the cache, and the patches of the largest picture."""
+
+    tokens: int = 4096
+    patches: int = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model will run, and what it takes. Bytes; `weights`, `cache` are names of formats."""
+
+    weights: str
+    cache: str
+    prefill_chunk: int
+    image_rows: int
+    use: Use
+    weight_bytes: int
+    cache_bytes: int
+    work_bytes: int
+    resident: int | None = None  # bytes of the weights that are in memory, None for all
+
+    @property
+    def nbytes(self) -> int:
+        """What the model takes."""
+        weights = self.weight_bytes if self.resident is None else self.resident
+        return weights + self.cache_bytes + self.work_bytes
+
+    @property
+    def peak(self) -> int:
+        """What the process takes."""
+        return BASE_BYTES + self.nbytes
+
+
+def choose(
+    config: Qwen3VLConfig,
+    stored: Mapping[str, StoredTensor],
+    weights: str,
+    budget: int,
+    use: Use | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """The first plan that fits into `budget` bytes (of which the base is not part).
+
+    Args:
+        weights: a format, or "auto": the checkpoint's own or the first smaller one that fits.
+        device: weights are packed for "cpu" only.
+
+    Raises:
+        MemoryError: none fits; the message has the bytes of the smallest, and names a format that would fit.
+    """
+    use = use or Use()
+    last = None
+    for plan in _plans(config, stored, weights, use, device):
+        if plan.nbytes <= budget:
+            return plan
+        last = plan
+    assert last is not None
+    resident = budget - last.cache_bytes - last.work_bytes
+    if config.weights and resident * _LAYERS_AT_LEAST > last.weight_bytes:
+        return replace(last, resident=resident)
+    smaller = () if weights == "auto" or config.weights or device != "cpu" else FORMATS[FORMATS.index(weights) + 1 :]
+    fitting = [plan for name in smaller for plan in _plans(config, stored, name, use) if plan.nbytes <= budget]
+    hint = f"; weights={fitting[0].weights!r} takes {_gib(fitting[0].nbytes)}" if fitting else ""
+    raise MemoryError(
+        f"weights={last.weights!r} takes {_gib(last.nbytes)} ({_gib(last.weight_bytes)} of weights), "
+        f"{_gib(budget)} may be used{hint}"
+    )
+
+
+def plan_for(config: Qwen3VLConfig, stored: Mapping[str, StoredTensor], weights: str, use: Use) -> Plan:
+    """The first of the plans with these weights, whatever it takes."""
+    return next(_plans(config, stored, weights, use))
+
+
+def _plans(
+    config: Qwen3VLConfig, stored: Mapping[str, StoredTensor], weights: str, use: Use, device: str = "cpu"
+) -> Iterator[Plan]:
+    """From the best to the smallest."""
+    own = own_format(config, stored)
+    names = [config.weights or weights]
+    if names == ["auto"]:
+        names = [name for name in FORMATS[FORMATS.index(own) :] if device == "cpu" or name in ("fp32", "bf16")]
+    for name in names:
+        weight_bytes = bytes_of_weights(config, name, own)
+        table = name if name in ("fp32", "bf16") else own
+        for keys in dict.fromkeys((table, "bf16", "int8")):
+            for chunk, rows in _CHUNKS:
+                work = bytes_of_work(config, name, use, chunk, rows)
+                yield Plan(name, keys, chunk, rows, use, weight_bytes, bytes_of_cache(config, keys, use), work)
+
+
+def own_format(config: Qwen3VLConfig, stored: Mapping[str, StoredTensor]) -> str:
+    """ "bf16" where most numbers of the checkpoint, or of a packed one its embedding table, have 16 bits, else "fp32";
+    of a checkpoint that is not here, what its configuration says."""
+    if not stored:
+        return "fp32" if config.dtype == "float32" else "bf16"
+    sizes: dict[str, int] = {}
+    for tensor in stored.values():
+        if "F" in tensor.dtype:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default="F32")
+    return "bf16" if largest in ("BF16", "F16") else "fp32"
+
+
+def bytes_of_weights(config: Qwen3VLConfig, weights: str, own: str) -> int:
+    """Of all parameters, in their formats; the embedding table counts where it is the head too, or is converted."""
+    from .model import Qwen3VL
+    from .packing import expect_packed
+
+    with torch.device("meta"):
+        model = Qwen3VL(config)
+    stored = torch.bfloat16 if own == "bf16" else torch.float32
+    if weights != "fp32":
+        expect_packed(model, weights, joined=False, stored=torch.bfloat16 if weights == "bf16" else stored)
+    table = model.model.language_model.embed_tokens.weight
+    nbytes = sum(tensor.nbytes for tensor in model.state_dict(keep_vars=True).values())
+    mapped = weights in ("int8", "int4") or own == weights
+    if model.head_is_table or mapped:
+        nbytes -= table.nbytes
+    return nbytes
+
+
+def bytes_of_cache(config: Qwen3VLConfig, cache: str, use: Use) -> int:
+    """Keys and values of all layers as if all were "fused"; int8 has a float32 scale for each token and head."""
+    text = config.text
+    heads = 2 * text.num_hidden_layers * text.num_key_value_heads * use.tokens
+    dtype = CACHES[cache]
+    return heads * (text.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
+
+
+def bytes_of_work(config: Qwen3VLConfig, weights: str, use: Use, chunk: int, rows: int) -> int:
+    """The larger of the two passes; what they leave for each other is counted in both."""
+    text, vision = config.text, config.vision
+    merged = use.patches // vision.spatial_merge_size**2
+    # The picture's features and those of DeepStack, the prompt's embeddings, the chunk's copy of them.
+    kept = 4 * merged * text.hidden_size * (1 + len(vision.deepstack_visual_indexes))
+    kept += 4 * text.hidden_size * (2 * use.tokens + chunk)
+    heads = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    gate_up = text.intermediate_size * (1 if weights != "fp32" else 3)
+    # Each token: x, residual and norm; then queries, keys, values twice (before and behind norm and rotation) and the
+    # output, or the feed-forward layer; 2 bytes of x as integers.
+    token = 4 * (3 * text.hidden_size + max(3 * heads[0] + 4 * heads[1], gate_up)) + 2 * text.intermediate_size
+    text_bytes = kept + min(chunk, use.tokens) * token
+    # Each patch: pixels, x before and behind a block, queries, keys, values, attention's output. Of `rows` patches
+    # what lies between: the same again, and the feed-forward layer.
+    patch = 4 * (vision.patch_dim + 6 * vision.hidden_size)
+    row = 4 * max(6 * vision.hidden_size, 2 * vision.hidden_size + vision.intermediate_size)
+    image_bytes = use.patches * patch + min(rows, use.patches) * row if use.patches else 0
+    return max(text_bytes, image_bytes + (kept if use.patches else 0))
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"
