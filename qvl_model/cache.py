@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention import kinds_of_layers, names_of_layers
 from .config import TextConfig
+from .stores import FullStore
 
 
 class KVCache:
@@ -98,6 +99,21 @@ class KVCache:
                 if why := store.cannot_truncate(old, new):
                     raise ValueError(f"cannot truncate lengths {self.starts} to {wanted}: {why}")
         self._count(wanted)
+
+    def fill(self, tokens: int) -> None:
+        """As after `tokens` tokens in every row, with random keys and values: for measuring what a long text costs.
+
+        Raises:
+            ValueError: they do not fit, or a layer keeps something else than keys and values.
+        """
+        self.reset()
+        self.begin(tokens)
+        for store in self.stores:
+            if not isinstance(store, FullStore):
+                raise ValueError("only a cache of 'fused' attention can be filled with random keys and values")
+            for memory in store.memory:
+                memory.random_(-127, 128) if memory.dtype == torch.int8 else memory.normal_(std=0.01)
+        self._count([tokens] * self.batch)
 
     def row(self, number: int) -> KVCache:
         """One row as a cache of its own, on the same memory; `join` makes what all rows wrote the whole's."""

@@ -1,4 +1,4 @@
-"""The command `qvl`: ask, chat, eval, pack, info.
+"""The command `qvl`: ask, chat, eval, pack, bench, info.
 
 Nothing heavy is imported at the top: `qvl --help` answers at once, and `qvl ask` looks at the images before it loads a
 model. An error is one line on stderr and exit code 1; with QVL_DEBUG=1 it is a traceback.
@@ -155,7 +155,7 @@ class Choice:
     attention: list[str] | None
     max_memory: str | None = None
 
-    def load(self) -> Qwen3VL:
+    def load(self, with_processor: bool = True) -> Qwen3VL:
         import torch
 
         from .generation import processor_of
@@ -171,7 +171,8 @@ class Choice:
         source = self.model or SHIPPED_MODEL
         where = {"device": self.device, "max_memory": self.max_memory}
         model = Qwen3VL.from_pretrained(source, weights=weights, attention=attention, **where)
-        processor_of(model)
+        if with_processor:
+            processor_of(model)
         return model
 
 
@@ -373,6 +374,69 @@ def pack(
             folder = pack_checkpoint(checkpoint, out, weights, lambda name: bar.update())
             nbytes = sum(file.stat().st_size for file in folder.iterdir())
             typer.echo(f"{folder}: {nbytes / 2**20:.1f} MiB, packed as {weights}")
+
+
+@app.command()
+def bench(
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A test: pp512 (a prompt), tg128 (generation), 'tg128 @ d4096' (behind 4096 tokens), 'image 448', "
+            "with any numbers; repeatable. Default: pp512, tg128, tg128 @ d4096, image 448, image 1024.",
+        ),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions; the median is shown.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the results here.")
+    ] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = "auto",
+    attention: AttentionOption = None,
+    cache: CacheOption = None,
+    max_memory: MemoryOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Speed of prompts, generation and pictures on this machine, time to load, and peak memory beside the predicted
+    one.
+
+    Example: `qvl bench --model ./Qwen3-VL-2B-Instruct --weights int8 --test pp512 --test tg128`
+    """
+    import json
+    import time
+
+    from .benchmark import TESTS, check_tests, fitting, measure
+    from .files import check_writable, write_then_rename
+    from .info import aligned, describe_machine, describe_versions, peak_memory, size
+
+    tests = test or TESTS
+    check_tests(tests)
+    if json_file is not None:
+        check_writable(json_file)
+    start = time.perf_counter()
+    loaded = Choice(model, weights, device, threads, attention, max_memory).load(with_processor=False)
+    load = time.perf_counter() - start
+    tests = test or fitting(tests, loaded)
+    results = measure(
+        loaded, tests, repeat=repeat, cache=cache, advance=lambda name: typer.echo(f"{name} ...", err=True)
+    )
+    assert loaded.plan is not None
+    rows = [("weights", loaded.plan.weights), ("load", f"{load:.2f} s")]
+    rows += [(result.test, f"{result.value:.4g} {result.unit}") for result in results]
+    rows += [("peak memory", f"{size(peak_memory())} (predicted for 4096 tokens and a picture of 1024 x 1024: ")]
+    rows[-1] = (rows[-1][0], rows[-1][1] + f"{size(loaded.plan.peak)})")
+    typer.echo(f"{describe_versions()}\n{aligned(describe_machine())}\n\n{aligned(rows)}")
+    if json_file is not None:
+        content = {
+            "machine": dict(describe_machine()),
+            "weights": loaded.plan.weights,
+            "load_s": load,
+            "peak_bytes": peak_memory(),
+            "predicted_bytes": loaded.plan.peak,
+            "results": [vars(result) | {"value": result.value} for result in results],
+        }
+        write_then_rename(json_file, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 @app.command()

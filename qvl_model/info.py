@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def _on_disk(folder: Path) -> str:
 def describe_kernels() -> str:
     """Which backends run here, and why each other does not."""
     return str(qvl_kernels.explain())
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had in memory at any time; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 def size(nbytes: int) -> str:

@@ -190,7 +190,7 @@ def test_info_about_a_configuration_without_weights(tmp_path, folder):
     assert "the weights are not here" in run("info", "--model", tmp_path).stdout
 
 
-@pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["eval"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["eval"], ["bench"], ["info"]])
 def test_help_explains_every_option_with_an_example(command):
     result = CliRunner().invoke(app, [*command, "--help"], prog_name="qvl", env={"COLUMNS": "120", "TERM": "dumb"})
     assert result.exit_code == 0
@@ -198,7 +198,7 @@ def test_help_explains_every_option_with_an_example(command):
     for line in re.findall(r"│ +--.*│", result.stdout):
         assert re.search(r"  \S.*\S  ", line), f"no explanation: {line}"
     if not command:
-        assert re.findall(r"^│ (\w+) ", result.stdout, re.MULTILINE) == ["ask", "chat", "eval", "pack", "info"]
+        assert re.findall(r"^│ (\w+) ", result.stdout, re.MULTILINE) == ["ask", "chat", "eval", "pack", "bench", "info"]
         assert run().stdout == run("--help").stdout
 
 
@@ -328,3 +328,16 @@ def test_attention_by_name(folder, loaded):
     each = [word for _ in range(layers) for word in ("--attention", "linear:elu")]
     assert run(*options, *each).stdout != exact
     assert "attention must be one of fused" in refused(*options, "--attention", "magic")
+
+
+def test_bench_measures_what_it_is_asked_to(folder, tmp_path):
+    out = tmp_path / "bench.json"
+    names = ["pp8", "tg3", "tg3 @ d20", "image 64"]
+    arguments = [argument for name in names for argument in ("--test", name)]
+    result = run("bench", "--model", folder, *arguments, "--repeat", "2", "--json", out)
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[-6:-1]] == ["load", *names]
+    content = json.loads(out.read_text())
+    assert [entry["test"] for entry in content["results"]] == names
+    assert all(len(entry["values"]) == 2 and min(entry["values"]) > 0 for entry in content["results"])
+    assert content["peak_bytes"] > 1 << 26
+    assert refused("bench", "--test", "pp0").startswith("there is no test 'pp0'; they are called 'pp512', 'tg128'")
