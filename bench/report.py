@@ -1,15 +1,23 @@
-"""Writes the rows of `pytest bench --qvl-json FILE` into README.md, between its markers, and draws bench/attention.png.
+"""Writes measured figures into README.md, between its markers, and draws bench/attention.png and bench/generation.png.
 
-python bench/report.py bench_native.json bench_avx2.json
+python bench/report.py bench_native.json bench_avx2.json             of `pytest bench --qvl-json FILE`
+python bench/report.py --models models_native.json models_avx2.json  of `bench_generate.py --json FILE`
 """
 
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
+from bench_generate import generation_table
 from timing import Row, density_table, table
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with what is between the markers of this name replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def section(path: str) -> str:
@@ -50,12 +58,54 @@ def plot(paths: list[str], series: str, to: Path) -> None:
     figure.savefig(to, dpi=110, metadata={"Software": None})
 
 
+def models_section(path: str) -> str:
+    """The table of `bench_generate.py` with the roofs that our own processes measured."""
+    results = json.loads(Path(path).read_text())
+    ours = [found for engine, found in results.items() if engine.startswith("qvl")]
+    fma, read = (median(found[roof] for found in ours) for roof in ("fma_gflops", "read_gbytes"))
+    head = (
+        f"{ours[0]['capability']}, {ours[0]['threads']} threads; roofs in the same processes: {read:.1f} GB/s read, "
+        f"{fma:.0f} GFLOP/s float32. At the read roof the weights of a token's text allow: "
+    )
+    limits = [
+        f"{engine[4:]} {read * 1e9 / found['text_bytes']:.1f} tokens/s"
+        for engine, found in results.items()
+        if engine.startswith("qvl")
+    ]
+    return f"{head}{', '.join(limits)}.\n\n{generation_table(results)}"
+
+
+def plot_models(paths: list[str], to: Path) -> None:
+    """Tokens a second of every engine: a prompt, generation, and generation behind 4096 tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(len(paths), 3, figsize=(12, 3.4 * len(paths)), squeeze=False)
+    for row, path in zip(panels, paths):
+        results = json.loads(Path(path).read_text())
+        names = list(results)[::-1]
+        capability = next(found["capability"] for found in results.values() if "capability" in found)
+        for axes, test in zip(row, ("pp512", "tg32", "tg32 @ d4096")):
+            values = [results[name].get(test, 0.0) for name in names]
+            colors = ["tab:blue" if name.startswith("qvl") else "0.7" for name in names]
+            axes.bar_label(axes.barh(names, values, color=colors), fmt="%.1f", padding=2, fontsize=8)
+            axes.set(title=f"{test}, {capability}", xlabel="tokens/s", xlim=(0, 1.15 * max(values)))
+            axes.tick_params(axis="y", labelsize=8)
+    figure.tight_layout()
+    figure.savefig(to, dpi=100, metadata={"Software": None})
+
+
 def main(paths: list[str]) -> None:
     readme = Path(__file__).resolve().parent.parent / "README.md"
     text = readme.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    if paths[0] == "--models":
+        plot_models(paths[1:], Path(__file__).with_name("generation.png"))
+        readme.write_text(between(text, "models", "\n\n".join(map(models_section, paths[1:]))))
+        return
     plot(paths, "causal 16/8 x 128, fp32", Path(__file__).with_name("attention.png"))
-    readme.write_text(before + BEGIN + "\n" + "\n\n".join(map(section, paths)) + "\n" + END + after)
+    readme.write_text(between(text, "bench", "\n\n".join(map(section, paths))))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("fp32", "bf16", "int8", "int4")  # of weights, best first
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-BASE_BYTES = 245 << 20  # measured: the process before a model is loaded
+BASE_BYTES = 255 << 20  # measured: the command before a model is loaded
 _LAYERS_AT_LEAST = 8  # of a model's weights an eighth has to fit, two layers and the head among them
 _CHUNKS = ((1024, 4096), (512, 2048), (256, 1024))  # tokens of a prompt, patches of a picture
 
@@ -179,7 +179,8 @@ def bytes_of_work(config: Qwen3VLConfig, weights: str, use: Use, chunk: int, row
     # Each patch: pixels, x before and behind a block, queries, keys, values, attention's output. Of `rows` patches
     # what lies between: the same again, and the feed-forward layer.
     patch = 4 * (vision.patch_dim + 6 * vision.hidden_size)
-    row = 4 * max(6 * vision.hidden_size, 2 * vision.hidden_size + vision.intermediate_size)
+    between = vision.intermediate_size * (1 if weights != "fp32" else 2)
+    row = 4 * max(8 * vision.hidden_size, 2 * vision.hidden_size + between, 2 * vision.patch_dim)
     image_bytes = use.patches * patch + min(rows, use.patches) * row if use.patches else 0
     return max(text_bytes, image_bytes + (kept if use.patches else 0))
 
