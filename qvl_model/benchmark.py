@@ -11,15 +11,17 @@ are generated is filled with random keys and values, a picture is noise.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
 
 from .decoding import Decoder
+from .info import aligned, describe_machine, describe_versions, peak_memory, size
 from .model import Qwen3VL
 from .planning import CACHES
 from .prefill import prefill
@@ -47,6 +49,46 @@ def check_tests(tests: Sequence[str]) -> None:
         match = _NAME.fullmatch(test)
         if match is None or any(number == 0 for number in map(int, filter(None, match.groups()))):
             raise ValueError(f"there is no test {test!r}; they are called {', '.join(map(repr, TESTS))}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `qvl bench` prints and writes."""
+
+    text: str
+    json: str
+
+
+def report(
+    load: Callable[[], Qwen3VL],
+    tests: Sequence[str] | None,
+    *,
+    repeat: int,
+    cache: str | None,
+    advance: Callable[[str], object],
+) -> Report:
+    """Loads a model and measures it; without `tests` those of `TESTS` that are not longer than its positions."""
+    start = time.perf_counter()
+    model = load()
+    seconds = time.perf_counter() - start
+    results = measure(model, tests or fitting(TESTS, model), repeat=repeat, cache=cache, advance=advance)
+    assert model.plan is not None
+    peak, predicted = peak_memory(), model.plan.peak
+    rows = [("weights", model.plan.weights), ("load", f"{seconds:.2f} s")]
+    rows += [(result.test, f"{result.value:.4g} {result.unit}") for result in results]
+    use = "predicted for 4096 tokens and a picture of 1024 x 1024"
+    rows += [("peak memory", f"{size(peak)} ({use}: {size(predicted)})")]
+    machine = describe_machine()
+    content = {
+        "machine": dict(machine),
+        "weights": model.plan.weights,
+        "load_s": seconds,
+        "peak_bytes": peak,
+        "predicted_bytes": predicted,
+        "results": [asdict(result) | {"value": result.value} for result in results],
+    }
+    text = f"{describe_versions()}\n{aligned(machine)}\n\n{aligned(rows)}"
+    return Report(text, json.dumps(content, indent=1))
 
 
 def fitting(tests: Sequence[str], model: Qwen3VL) -> list[str]:

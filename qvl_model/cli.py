@@ -16,6 +16,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .options import (
+    AttentionOption,
+    CacheOption,
+    DeviceOption,
+    ImagesOption,
+    MemoryOption,
+    MinPOption,
+    ModelOption,
+    PenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    ThreadsOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    VideosOption,
+    WeightsOption,
+)
+
 if TYPE_CHECKING:
     from .model import Qwen3VL
 
@@ -66,61 +85,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="PATH_OR_ID",
-        help="Folder of a checkpoint, or a hub id such as Qwen/Qwen3-VL-2B-Instruct. Default: the small model that "
-        "ships, which answers questions about handwritten digits.",
-    ),
-]
-WeightsOption = Annotated[
-    str,
-    typer.Option(
-        help="Number format of the weights: fp32, bf16, int8, int4, or auto (the checkpoint's own, smaller where that "
-        "would not fit; fp32 for the small model that ships)."
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-AttentionOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--attention",
-        metavar="NAME",
-        help="Attention of the text layers: fused, linear, sparse:sliding_window=1024,sinks=64, ... Once for "
-        "all layers, or repeated for each. Default: what the checkpoint was trained with.",
-    ),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Memory that the model may take, such as 3GB: weights, cache and chunks are chosen to fit. Default: what "
-        "is free.",
-    ),
-]
-CacheOption = Annotated[
-    str | None, typer.Option(help="Format of keys and values: fp32, bf16, fp16, int8. Default: the checkpoint's.")
-]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch finds.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[
-    float,
-    typer.Option(min=0.0, help="0 always takes the most probable token; above 0 draws, the more freely the higher."),
-]
-TopKOption = Annotated[int | None, typer.Option(min=0, help="Draw from the K most probable tokens.")]
-TopPOption = Annotated[
-    float | None, typer.Option(help="Draw from the fewest tokens that have this probability in sum.")
-]
-MinPOption = Annotated[
-    float | None, typer.Option(help="Draw from tokens this probable, relative to the most probable.")
-]
-PenaltyOption = Annotated[float, typer.Option(help="Above 1: less repetition.")]
-SeedOption = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
-ImagesOption = Annotated[list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="An image; repeatable.")]
-VideosOption = Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="A video; repeatable.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -403,40 +367,21 @@ def bench(
 
     Example: `qvl bench --model ./Qwen3-VL-2B-Instruct --weights int8 --test pp512 --test tg128`
     """
-    import json
-    import time
-
-    from .benchmark import TESTS, check_tests, fitting, measure
+    from .benchmark import TESTS, check_tests, report
     from .files import check_writable, write_then_rename
-    from .info import aligned, describe_machine, describe_versions, peak_memory, size
 
-    tests = test or TESTS
-    check_tests(tests)
+    check_tests(test or TESTS)
     if json_file is not None:
         check_writable(json_file)
-    start = time.perf_counter()
-    loaded = Choice(model, weights, device, threads, attention, max_memory).load(with_processor=False)
-    load = time.perf_counter() - start
-    tests = test or fitting(tests, loaded)
-    results = measure(
-        loaded, tests, repeat=repeat, cache=cache, advance=lambda name: typer.echo(f"{name} ...", err=True)
-    )
-    assert loaded.plan is not None
-    rows = [("weights", loaded.plan.weights), ("load", f"{load:.2f} s")]
-    rows += [(result.test, f"{result.value:.4g} {result.unit}") for result in results]
-    rows += [("peak memory", f"{size(peak_memory())} (predicted for 4096 tokens and a picture of 1024 x 1024: ")]
-    rows[-1] = (rows[-1][0], rows[-1][1] + f"{size(loaded.plan.peak)})")
-    typer.echo(f"{describe_versions()}\n{aligned(describe_machine())}\n\n{aligned(rows)}")
+    choice = Choice(model, weights, device, threads, attention, max_memory)
+
+    def told(name: str) -> None:
+        typer.echo(f"{name} ...", err=True)
+
+    found = report(lambda: choice.load(with_processor=False), test, repeat=repeat, cache=cache, advance=told)
+    typer.echo(found.text)
     if json_file is not None:
-        content = {
-            "machine": dict(describe_machine()),
-            "weights": loaded.plan.weights,
-            "load_s": load,
-            "peak_bytes": peak_memory(),
-            "predicted_bytes": loaded.plan.peak,
-            "results": [vars(result) | {"value": result.value} for result in results],
-        }
-        write_then_rename(json_file, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+        write_then_rename(json_file, lambda file: file.write_text(found.json + "\n", encoding="utf-8"))
 
 
 @app.command()
