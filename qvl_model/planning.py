@@ -53,12 +53,13 @@ class Plan:
     cache_bytes: int
     work_bytes: int
     resident: int | None = None  # bytes of the weights that are in memory, None for all
+    load_bytes: int = 0  # what loading needs beside the weights: the largest matrix, where matrices are packed then
 
     @property
     def nbytes(self) -> int:
         """What the model takes."""
         weights = self.weight_bytes if self.resident is None else self.resident
-        return weights + self.cache_bytes + self.work_bytes
+        return weights + max(self.load_bytes, self.cache_bytes + self.work_bytes)
 
     @property
     def peak(self) -> int:
@@ -117,11 +118,14 @@ def _plans(
         names = [name for name in FORMATS[FORMATS.index(own) :] if device == "cpu" or name in ("fp32", "bf16")]
     for name in names:
         weight_bytes = bytes_of_weights(config, name, own)
+        packs = name in ("int8", "int4") and not config.weights
+        load = config.text.vocab_size * config.text.hidden_size * (2 if own == "bf16" else 4) if packs else 0
         table = name if name in ("fp32", "bf16") else own
         for keys in dict.fromkeys((table, "bf16", "int8")):
             for chunk, rows in _CHUNKS:
                 work = bytes_of_work(config, name, use, chunk, rows)
-                yield Plan(name, keys, chunk, rows, use, weight_bytes, bytes_of_cache(config, keys, use), work)
+                cache = bytes_of_cache(config, keys, use)
+                yield Plan(name, keys, chunk, rows, use, weight_bytes, cache, work, load_bytes=load)
 
 
 def own_format(config: Qwen3VLConfig, stored: Mapping[str, StoredTensor]) -> str:
