@@ -45,6 +45,19 @@ bool is_matrix(const TensorView& t, std::int64_t rows, std::int64_t columns) {
   return t.device < 0 && t.ndim == 2 && t.size[0] == rows && t.size[1] == columns;
 }
 
+// (..., C) as (rows, C), the last stride 1: contiguous, or a matrix with any distance between its rows.
+TensorView matrix(const TensorView& t, const char* what) {
+  if (t.ndim == 2) {
+    require(unit_stride(t), what);
+    return t;
+  }
+  TensorView flat = contiguous(t, t.numel(), t.dtype, t, what);
+  flat.ndim = 2;
+  flat.size[0] = row_count(t), flat.size[1] = t.size[t.ndim - 1];
+  flat.stride[0] = flat.size[1], flat.stride[1] = 1;
+  return flat;
+}
+
 // The packed weight of in_features columns, checked.
 void packed_weight(PackedLinearParams& p, const TensorView& weight, const Optional& scale, const Optional& minimum,
                    std::int64_t in_features) {
@@ -66,12 +79,14 @@ std::int64_t packed_linear(const TensorView& x, const TensorView& weight, const 
   PackedLinearParams p{};
   require(activation >= 0 && activation <= 2, "packed_linear: activation");
   p.activation = static_cast<Activation>(activation);
-  require(x.ndim == 2 && is_float(x.dtype) && x.dtype != DType::f64 && unit_stride(x), "packed_linear: x");
-  packed_weight(p, weight, scale, minimum, x.size[1]);
-  const std::int64_t outputs = weight.size[0] / (p.activation == Activation::swiglu ? 2 : 1);
-  p.x = x;
-  require(is_matrix(x, x.size[0], x.size[1]) && is_matrix(y, x.size[0], outputs), "packed_linear: y");
-  p.y = contiguous(y, x.size[0] * outputs, x.dtype, x, "packed_linear: y");
+  require(x.device < 0 && x.ndim > 0 && is_float(x.dtype) && x.dtype != DType::f64, "packed_linear: x");
+  p.x = matrix(x, "packed_linear: x");
+  packed_weight(p, weight, scale, minimum, p.x.size[1]);
+  const std::int64_t halves = p.activation == Activation::swiglu ? 2 : 1, outputs = weight.size[0] / halves;
+  require(weight.size[0] % halves == 0, "packed_linear: swiglu");
+  p.y = contiguous(y, p.x.size[0] * outputs, x.dtype, x, "packed_linear: y");
+  p.y = matrix(p.y, "packed_linear: y");
+  require(p.y.size[1] == outputs, "packed_linear: y");
   if (bias) p.bias = contiguous(*bias, weight.size[0], DType::f32, x, "packed_linear: bias");
   if (residual) p.residual = contiguous(*residual, y.numel(), x.dtype, x, "packed_linear: residual");
   p.scratch = contiguous(scratch, scratch.numel(), DType::u8, x, "packed_linear: scratch");

@@ -136,8 +136,13 @@ def _product(
     residual: Tensor | None,
 ) -> Tensor:
     """`packed_linear` on the tensors themselves, which torch.compile looks through; hence eight parameters."""
-    _check(x, weight, in_features, activation, residual)
     operands = weight, scale, minimum, bias
+    if (quick := _packed_linear.quick()) is not None and _library.is_plain(x, residual, weight):
+        try:
+            return quick.run_unchecked(x, *operands, in_features, activation, residual)
+        except (TypeError, ValueError):
+            pass
+    _check(x, weight, in_features, activation, residual)
     if not _library.needs_dispatcher(x, residual, weight):
         return _packed_linear.choose(x, weight).forward(x, *operands, activation, residual)
     extra = activation is not None or residual is not None
@@ -215,7 +220,8 @@ class PackedLinear(nn.Module):
         return PackedWeight(self.weight, self.bias, self.format, self.in_features, self.scale, self.minimum)
 
     def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        operands = self.weight, self.scale, self.minimum, self.bias
+        buffers: dict[str, Any] = self._buffers  # four times as fast as the module's attributes
+        operands = buffers["weight"], buffers["scale"], buffers["minimum"], buffers["bias"]
         return _product(x, *operands, self.in_features, activation, residual)
 
     def extra_repr(self) -> str:
@@ -272,12 +278,28 @@ class _Native:
         activation: str | None,
         residual: Tensor | None,
     ) -> Tensor:
-        y = x.new_empty((*x.shape[:-1], _outputs(weight, activation)))
         rows = _matrix(x)
-        outputs = y.view(rows.shape[0], y.shape[-1])
-        added = None if residual is None else residual.reshape(outputs.shape).contiguous()
-        operands = rows, weight.contiguous(), scale, minimum, bias, added, outputs
-        self._call("packed_linear", *operands, last=(ACTIVATIONS.index(activation),))
+        added = None if residual is None else residual.reshape(rows.shape[0], residual.shape[-1]).contiguous()
+        y = self.run_unchecked(rows, weight.contiguous(), scale, minimum, bias, rows.shape[1], activation, added)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def run_unchecked(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        minimum: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        *lead, width = x.shape
+        y = x.new_empty((*lead, _outputs(weight, activation)))
+        if width != in_features or (residual is not None and residual.shape != y.shape):
+            raise ValueError
+        last = (ACTIVATIONS.index(activation),)
+        self._call("packed_linear", x, weight, scale, minimum, bias, residual, y, last=last)
         return y
 
     def backward(

@@ -27,6 +27,7 @@ SHAPES = [
     *((m, 129, 37) for m in (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 67)),
     *((48, k, 33) for k in (1, 3, 8, 31, 129, 255, 256, 257, 511, 513, 700)),
     *((48, 130, n) for n in (1, 7, 8, 15, 16, 17, 31, 32, 63, 65, 127, 129, 160, 300)),
+    (1, 2177, 300), (2, 2177, 140), (5, 2300, 70), (1, 8333, 70), (3, 8200, 5), (16, 130, 150),
     (0, 8, 4), (3, 8, 0), (3, 0, 4), (530, 70, 20),
 ]  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_not_a_number_stays_in_its_row(backend, rows, format):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_epilogue(backend, rows, format, dtype):
     """Activation and residual after the product, rounded once: as close to the three steps as one rounding of each."""
-    x, weight, bias = torch.randn(rows, 96, dtype=dtype), torch.randn(70, 96) / 10, torch.randn(70)
+    x, weight, bias = torch.randn(rows, 96, dtype=dtype), torch.randn(170, 96) / 10, torch.randn(170)
     packed = pack_linear(weight, bias, format=format)
     with on(backend):
         product = packed_linear(x.float(), packed)
@@ -202,7 +203,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     for format in FORMATS:
         packed = pack_linear(torch.randn(300, 512), format=format)
-        for rows in (1, 5, 100):
+        for rows in (1, 2, 5, 100):
             x = torch.randn(rows, 512)
             torch.set_num_threads(1)
             alone = packed_linear(x, packed)

@@ -252,7 +252,7 @@ void with_product(const PackedLinearParams& p, const F& f) {
 }  // namespace
 
 std::int64_t packed_linear_scratch_bytes(const PackedLinearParams& p, std::int64_t threads) {
-  if (is_linear_decode(p)) return linear_decode_scratch_bytes(p, threads);
+  if (is_linear_decode(p)) return linear_decode_scratch_bytes(p);
   std::int64_t bytes = 0;
   with_product(p, [&](auto product, std::int64_t depth) { bytes = Plan<decltype(product)>(p, depth).bytes(threads); });
   return bytes;

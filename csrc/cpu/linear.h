@@ -12,7 +12,7 @@ inline bool is_quantized(const PackedLinearParams& p) { return p.scale.data != n
 
 // linear_decode.cpp: few rows of x, where reading the weights is all that costs.
 bool is_linear_decode(const PackedLinearParams& p);
-std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
+std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p);
 void linear_decode(const PackedLinearParams& p, std::int64_t threads);
 
 // Memory handed out in pieces of whole cache lines, in floats.

@@ -1,18 +1,24 @@
 // y = x W^T for few rows of x: every weight is read once, and reading is all that may cost.
 //
-// Regime: M = 1 to kMostRows, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. A thread takes a contiguous range
-// of outputs, so it streams one contiguous piece of the weights, and asks for lines a few KiB ahead across rows. x
-// stays in L1 as float32 or, for quantised weights, as int16 with a step for each 128 (M K 2 bytes).
+// Regime: M = 1 to kMostRows, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. x is prepared once, as float32 or,
+// for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or L2); 16 bits lose almost nothing
+// (2^-16 of a block's largest).
 //
-//   fp32, bf16   W in vectors along K, widened in registers, times kTile rows of x: kRows x kTile sums
-//   int8         16 weights widened to int16, `vpmaddwd` with x, added up over a block of 128 in int32
-//                (128 / 16 times 2 * 127 * 32767 is below 2^31), then scaled into float sums
-//   int4         the four int16 vectors of 64 weights come from masks and shifts, without a shuffle, since x was put in
-//                their order (even, then odd of each 32) when it was rounded; the minimum times the sum of a group of x
-//                is a product over groups
+//   streams      a thread has a contiguous range of outputs, split in R parts, and reads a row of each part side by
+//   side:
+//                    R = 4 for M = 1; 2 for M = 2 and for fp32, bf16; else 1, M sums then being enough
+//                What is loaded of x serves R rows, R sums hide each other's latency, and memory sees R sequential
+//                streams in R pages. Neighbouring rows side by side would lie in one page, where the prefetcher of the
+//                CPU follows one of them: half the bandwidth. Software asks kAhead bytes ahead, all streams together
+//   fp32, bf16   W in vectors along K, widened in registers, times up to kTile rows of x
+//   int8         weights widened to int16, `vpmaddwd` (`vpdpwssd` with VNNI) with x, added up over a block of 128 in
+//                int32 (128 / 16 times 2 * 127 * 32767 is below 2^31), then scaled into float sums
+//   int4         the four int16 vectors of 64 (AVX-512: 128) weights come from one shift and four masks, without a
+//                shuffle, since x was put in their order (even, then odd of each 32) when it was rounded. The high half
+//                of a byte stays where it is, 16 times the weight, and 1 / 16 is in the step. 15 vector instructions
+//                for 32 (64) bytes. The minimum times the sum of a group of x is a product over groups
 //
-// 16-bit activations cost no more than 8-bit ones here and lose almost nothing (2^-16 of a block's largest). More rows
-// than kTile pass a row of weights again while it is in L1.
+// More rows of x than kTile pass the weights of a strip again, from L2.
 
 #include "linear.h"
 #include "parallel.h"
@@ -21,39 +27,59 @@ namespace qvl::cpu {
 namespace {
 
 constexpr std::int64_t kMostRows = 16;
-constexpr std::int64_t kChunk = 32;  // outputs whose sums are finished together
+constexpr std::int64_t kChunk = 32;    // outputs of a stream whose sums are finished together, at most
+constexpr std::int64_t kAhead = 4096;  // bytes of prefetch: what memory delivers in its latency
+constexpr std::int64_t kScales = 64;   // of a row of weights, brought into floats at once
 constexpr int kTile = 4;
-constexpr std::int64_t kAhead = 4096;  // bytes of prefetch: what memory delivers in its latency, and a page
+constexpr int kMostSums = 32;  // rows of x times streams
 
 constexpr float kLimit = 32767.0f;
 
-// Where things lie in scratch, in floats. `groups` are those of the weight's scales.
+// Where things lie in scratch, in floats. `half` is what each kind of group takes: all of int8's, and for int4 first
+// the even ones, the low halves of 32 bytes, then the odd ones.
 struct Layout {
-  std::int64_t width, groups;
-  std::int64_t x, step, sum, scaled, size;
+  std::int64_t width, groups, half, kinds;
+  std::int64_t x, step, sum, size;
 
-  Layout(const PackedLinearParams& p, std::int64_t threads) {
+  explicit Layout(const PackedLinearParams& p) {
     const std::int64_t rows = p.x.size[0], k = p.x.size[1];
     Pieces pieces;
     width = round_up(k, kBlock), groups = is_quantized(p) ? p.scale.size[1] : 0;
+    kinds = p.minimum.data != nullptr ? 2 : 1, half = round_up(groups / kinds, 16);
     x = pieces.take(rows * width);
-    step = pieces.take(rows * groups);
-    sum = pieces.take(rows * groups);
-    scaled = pieces.take(round_up(kTile * groups, 16) * threads);
+    step = pieces.take(rows * kinds * half);
+    sum = pieces.take(rows * kinds * half);
     size = pieces.size();
   }
 };
 
-// R rows of weights times M rows of x: to[m * kChunk + r].
+// Rows n, n + apart, ... of the weights, which are read side by side.
+struct Streams {
+  std::int64_t n, apart;
+  const char* first;
+  std::int64_t bytes;  // of a row
+
+  template <class W>
+  const W* row(int r) const {
+    return reinterpret_cast<const W*>(first + r * apart * bytes);
+  }
+};
+
+// Asks for the lines that are read kAhead bytes after `at` in each stream.
+template <int R>
+[[gnu::always_inline]] inline void ask(const Streams& w, std::int64_t at) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) prefetch_line(w.row<char>(r) + at + kAhead / R);
+}
+
+// R rows of weights times M rows of x, `x_row` apart.
 template <class W, int M, int R>
-void dot_floats(const W* w, std::int64_t k, const float* x, std::int64_t x_row, float* to) {
+void dot_floats(const Streams& w, std::int64_t k, const float* x, std::int64_t x_row, Vec<float> (&acc)[R * M]) {
   using V = Vec<float>;
   constexpr std::int64_t kLine = 64 / sizeof(W);
-  V acc[R * M];
-  clear(acc);
   std::int64_t i = 0;
   for (; i + kLine <= k; i += kLine) {
-    for (int r = 0; r < R; ++r) prefetch(reinterpret_cast<const char*>(w + r * k + i) + kAhead * R, 1);
+    ask<R>(w, i * static_cast<std::int64_t>(sizeof(W)));
 #pragma GCC unroll 4
     for (int part = 0; part < kLine; part += V::N) {
       V b[M];
@@ -61,7 +87,7 @@ void dot_floats(const W* w, std::int64_t k, const float* x, std::int64_t x_row, 
       for (int m = 0; m < M; ++m) b[m] = load(x + m * x_row + i + part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const V a = load(w + r * k + i + part);
+        const V a = load(w.row<W>(r) + i + part);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) acc[r * M + m] = fma(a, b[m], acc[r * M + m]);
       }
@@ -69,182 +95,267 @@ void dot_floats(const W* w, std::int64_t k, const float* x, std::int64_t x_row, 
   }
   for (; i < k; i += V::N)
     for (int r = 0; r < R; ++r) {
-      const V a = load_up_to(w + r * k + i, k - i);
+      const V a = load_up_to(w.row<W>(r) + i, k - i);
       for (int m = 0; m < M; ++m) acc[r * M + m] = fma(a, load(x + m * x_row + i), acc[r * M + m]);
     }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) to[m * kChunk + r] = sum(acc[r * M + m]);
 }
 
-template <class W, int M>
-void floats(const PackedLinearParams& p, const Layout& at, std::int64_t first, std::int64_t count, std::int64_t row,
-            float* sums) {
-  constexpr int kRows = M <= 2 ? 4 : 2;
-  const std::int64_t k = p.x.size[1];
-  const W* const w = p.weight.as<W>();
-  const float* const x = p.scratch.as<float>() + at.x + row * at.width;
-  std::int64_t r = 0;
-  for (; r + kRows <= count; r += kRows)
-    dot_floats<W, M, kRows>(w + (first + r) * k, k, x, at.width, sums + row * kChunk + r);
-  for (; r < count; ++r) dot_floats<W, M, 1>(w + (first + r) * k, k, x, at.width, sums + row * kChunk + r);
-}
+// Bytes [begin, end) of the rows of weights, and all of x, its rows x_row apart.
+struct Piece {
+  std::int64_t begin, end;
+  const std::int16_t* x;
+  std::int64_t x_row;
+};
 
-// The scales of one row of weights times the steps of M rows of x, and with minima their product with x's sums.
-template <int M>
-void scale_groups(const PackedLinearParams& p, const Layout& at, std::int64_t n, std::int64_t row, float* scaled,
-                  float (&y)[M]) {
-  const bf16* const scale = p.scale.as<bf16>() + n * at.groups;
-  const bf16* const minimum = p.minimum.as<bf16>() + n * at.groups;
-  const float* const memory = p.scratch.as<float>();
-  const bool shifted = p.minimum.data != nullptr;
-  for (int m = 0; m < M; ++m) {
-    const float *step = memory + at.step + (row + m) * at.groups, *total = memory + at.sum + (row + m) * at.groups;
-    float* const to = scaled + m * at.groups;
-    Float8 shift = Float8::zero();
-    float rest = 0.0f;
-    std::int64_t g = 0;
-    for (; g + 8 <= at.groups; g += 8) {
-      store8(to + g, load8(scale + g) * load8(step + g));
-      if (shifted) shift = fma(load8(minimum + g), load8(total + g), shift);
-    }
-    for (; g < at.groups; ++g) {
-      to[g] = bf16_at(p.scale, n * at.groups + g) * step[g];
-      if (shifted) rest += bf16_at(p.minimum, n * at.groups + g) * total[g];
-    }
-    y[m] = sum(shift) + rest;
-  }
-}
-
-template <int M>
-void dot_int8(const std::int8_t* w, std::int64_t width, const std::int16_t* x, const float* scaled, float (&y)[M]) {
-  const std::int64_t blocks = width / kBlock;
-  Float8 acc[M];
-  for (auto& a : acc) a = Float8::zero();
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    prefetch(w + b * kBlock + kAhead, kBlock);
-    Int32x8 total[M];
-    for (auto& t : total) t = Int32x8::zero();
+// `scaled` are the scales of the piece times the steps of x, of each row of weights for each of x.
+template <int M, int R, bool kVnni>
+[[gnu::always_inline]] inline void dot_int8(const Streams& w, const Piece& piece, const float (&scaled)[R * M][kScales],
+                                            Vec<float> (&acc)[R * M]) {
+  const float* scale = scaled[0];
+  for (std::int64_t b = piece.begin; b < piece.end; b += kBlock, ++scale) {
+    ask<R>(w, b);
+    ask<R>(w, b + 64);
+    Ints total[R * M];
+#pragma GCC unroll 4
+    for (auto& t : total) t = no_ints();
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlock; i += 16) {
-      const Int16x16 a = widen_to_16(w + b * kBlock + i);
+    for (int i = 0; i < kBlock; i += Words::N) {
+      Words part[M];
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) total[m] = total[m] + dot_pairs(a, load16(x + m * width + b * kBlock + i));
+      for (int m = 0; m < M; ++m) part[m] = words(piece.x + m * piece.x_row + b + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Words a = words(w.row<std::int8_t>(r) + b + i);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) total[r * M + m] = add_products<kVnni>(total[r * M + m], a, part[m]);
+      }
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) acc[m] = add_scaled(total[m], scaled + m * blocks + b, acc[m]);
+    for (int j = 0; j < R * M; ++j) acc[j] = fma(to_float(total[j]), Vec<float>(scale[j * kScales]), acc[j]);
   }
-  for (int m = 0; m < M; ++m) y[m] += sum(acc[m]);
 }
 
-template <int M>
-void dot_int4(const std::uint8_t* w, std::int64_t width, const std::int16_t* x, const float* scaled, float (&y)[M]) {
-  const std::int64_t groups = width / 32;
-  Float8 acc[M], more[M];  // two sums: one would wait for the latency of its own additions
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) acc[m] = more[m] = Float8::zero();
-  for (std::int64_t g = 0; g < groups; g += 4) {
-    prefetch(w + g * 16 + kAhead, 1);
+// The same; the scales of even groups lie before those of odd ones.
+template <int M, int R, bool kVnni>
+[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece& piece, const float (&scaled)[R * M][kScales],
+                                            Vec<float> (&acc)[R * M]) {
+  const float* scale = scaled[0];
+  for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
+    ask<R>(w, line);
 #pragma GCC unroll 2
-    for (int part = 0; part < 4; part += 2) {
-      const Nibbles a = nibbles(w + (g + part) * 16);
+    for (std::int64_t i = line; i < line + 64; i += Nibbles::kBytes, scale += Nibbles::kBytes / 32) {
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const std::int16_t* const q = x + m * width + (g + part) * 32;
-        const float* const by = scaled + m * groups + g + part;
-        acc[m] = add_scaled(dot_pairs(a.even_low, load16(q)) + dot_pairs(a.odd_low, load16(q + 16)), by, acc[m]);
-        more[m] =
-            add_scaled(dot_pairs(a.even_high, load16(q + 32)) + dot_pairs(a.odd_high, load16(q + 48)), by + 1, more[m]);
+      for (int r = 0; r < R; ++r) {
+        const Nibbles a = nibbles(w.row<std::uint8_t>(r) + i);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const std::int16_t* const part = piece.x + m * piece.x_row + 2 * i;
+          const float* const by = scale + (r * M + m) * kScales;
+          Vec<float>& sum = acc[r * M + m];
+          const Ints even = products(a.even_low, words(part)), more = products(a.even_high, words(part + 2 * Words::N));
+          sum = add_scaled(add_products<kVnni>(even, a.odd_low, words(part + Words::N)), by, sum);
+          sum = add_scaled(add_products<kVnni>(more, a.odd_high, words(part + 3 * Words::N)), by + kScales / 2, sum);
+        }
       }
     }
   }
-  for (int m = 0; m < M; ++m) y[m] += sum(acc[m]) + sum(more[m]);
 }
 
-template <int M>
-void integers(const PackedLinearParams& p, const Layout& at, std::int64_t first, std::int64_t count, std::int64_t row,
-              float* scaled, float* sums) {
-  const std::int16_t* const x = reinterpret_cast<const std::int16_t*>(p.scratch.as<float>() + at.x) + row * at.width;
-  for (std::int64_t r = 0; r < count; ++r) {
-    const std::int64_t n = first + r;
-    float y[M];
-    scale_groups<M>(p, at, n, row, scaled, y);
-    if (p.minimum.data == nullptr)
-      dot_int8<M>(p.weight.as<std::int8_t>() + n * at.width, at.width, x, scaled, y);
-    else
-      dot_int4<M>(p.weight.as<std::uint8_t>() + n * at.width / 2, at.width, x, scaled, y);
-    for (int m = 0; m < M; ++m) sums[(row + m) * kChunk + r] = y[m];
+// to[i * kChunk] is the sum of acc[i]. Whatever N is, a sum is taken in the same order: an output is the same however
+// many are computed together, and with it for every number of threads.
+template <int N>
+[[gnu::always_inline]] inline void store_sums(const Vec<float> (&acc)[N], float* to) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i += 4) {
+    float four[4];
+    four_sums(acc[i], acc[i + 1 < N ? i + 1 : i], acc[i + 2 < N ? i + 2 : i], acc[i + 3 < N ? i + 3 : i], four);
+    for (int j = 0; j < 4 && i + j < N; ++j) to[(i + j) * kChunk] = four[j];
   }
 }
 
-// sums[m * kChunk + i] = x[m] . W[first + i]
-void chunk(const PackedLinearParams& p, const Layout& at, std::int64_t first, std::int64_t count, float* scaled,
-           float* sums) {
-  const std::int64_t rows = p.x.size[0];
-  const auto with_rows = [&](auto m, std::int64_t row) {
-    constexpr int M = decltype(m)::value;
-    if (is_quantized(p))
-      integers<M>(p, at, first, count, row, scaled, sums);
-    else if (p.weight.dtype == DType::bf16)
-      floats<bf16, M>(p, at, first, count, row, sums);
-    else
-      floats<float, M>(p, at, first, count, row, sums);
-  };
-  std::int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) with_rows(std::integral_constant<int, 4>{}, row);
-  if (rows - row == 3) with_rows(std::integral_constant<int, 3>{}, row);
-  if (rows - row == 2) with_rows(std::integral_constant<int, 2>{}, row);
-  if (rows - row == 1) with_rows(std::integral_constant<int, 1>{}, row);
+// The products with one kind of weights.
+template <class W, bool kVnni>
+struct Product {
+  static constexpr bool kFloats = std::is_same_v<W, float> || std::is_same_v<W, bf16>;
+  const PackedLinearParams& p;
+  const Layout& at;
+
+  // The scales of R rows of weights, from group g on, times the steps of M rows of x; with minima their product
+  // with x's sums is added to acc.
+  template <int M, int R>
+  void scale_groups(const Streams& w, std::int64_t g, std::int64_t row, float (&scaled)[R * M][kScales],
+                    Vec<float> (&acc)[R * M]) const {
+    using V = Vec<float>;
+    const std::int64_t stride = at.kinds * at.half, count = std::min(kScales, at.groups - g) / at.kinds;
+    const float* const memory = p.scratch.as<float>() + row * stride + g / at.kinds;
+    for (int r = 0; r < R; ++r) {
+      const std::int64_t from = (w.n + r * w.apart) * at.groups + g;
+      const bf16 *const scale = p.scale.as<bf16>() + from, *const minimum = p.minimum.as<bf16>() + from;
+      for (std::int64_t i = 0; i < count; i += V::N) {
+        if (at.kinds == 1) {
+          const V scales = load_up_to(scale + i, count - i);
+          for (int m = 0; m < M; ++m) store(scaled[r * M + m] + i, scales * load(memory + at.step + m * stride + i));
+          continue;
+        }
+        const EvenOdd scales = even_odd(scale + 2 * i, count - i), minima = even_odd(minimum + 2 * i, count - i);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const float *const step = memory + at.step + m * stride + i, *const total = memory + at.sum + m * stride + i;
+          V& sum = acc[r * M + m];
+          store(scaled[r * M + m] + i, scales.even * load(step));
+          store(scaled[r * M + m] + kScales / 2 + i, scales.odd * load(step + at.half));
+          sum = fma(minima.even, load(total), fma(minima.odd, load(total + at.half), sum));
+        }
+      }
+    }
+  }
+  // sums[(r * M + m) * kChunk] = x[row + m] . W[w.n + r * w.apart]
+  template <int M, int R>
+  void outputs(const Streams& w, std::int64_t row, float* sums) const {
+    Vec<float> acc[R * M];
+    clear(acc);
+    if constexpr (kFloats) {
+      dot_floats<W, M, R>(w, p.x.size[1], p.scratch.as<float>() + at.x + row * at.width, at.width, acc);
+    } else {
+      const std::int16_t* const x = reinterpret_cast<const std::int16_t*>(p.scratch.as<float>() + at.x);
+      constexpr std::int64_t kBytes = std::is_same_v<W, std::int8_t> ? kBlock : 16;  // of a group
+      for (int r = 0; r < R; ++r) {
+        const std::int64_t next = (w.n + r * w.apart + 1) * at.groups;
+        prefetch(p.scale.as<bf16>() + next, at.groups * 2);
+        if (at.kinds == 2) prefetch(p.minimum.as<bf16>() + next, at.groups * 2);
+      }
+      alignas(64) float scaled[R * M][kScales];
+      for (std::int64_t g = 0; g < at.groups; g += kScales) {
+        scale_groups<M, R>(w, g, row, scaled, acc);
+        const Piece piece{g * kBytes, std::min(g + kScales, at.groups) * kBytes, x + row * at.width, at.width};
+        if constexpr (std::is_same_v<W, std::int8_t>)
+          dot_int8<M, R, kVnni>(w, piece, scaled, acc);
+        else
+          dot_int4<M, R, kVnni>(w, piece, scaled, acc);
+      }
+    }
+    store_sums(acc, sums);
+  }
+  // M rows of x for all weights of a strip, so that they stay in L1; the weights then come from L2.
+  template <int M, int R>
+  void tile(std::int64_t first, std::int64_t apart, std::int64_t count, std::int64_t row, float* sums) const {
+    const std::int64_t bytes = p.weight.size[1] * static_cast<std::int64_t>(sizeof(W));
+    for (std::int64_t i = 0; i < count; ++i)
+      outputs<M, R>({first + i, apart, p.weight.as<char>() + (first + i) * bytes, bytes}, row, sums + i);
+  }
+  // sums[(m * R + r) * kChunk + i] = x[m] . W[first + r * apart + i], but that r comes before m among the m of a tile
+  template <int R>
+  void tiles(std::int64_t first, std::int64_t apart, std::int64_t count, float* sums) const {
+    const std::int64_t all = p.x.size[0];
+    std::int64_t row = 0;
+    if constexpr (R <= 2) {
+      for (; row + kTile <= all; row += kTile) tile<kTile, R>(first, apart, count, row, sums + row * R * kChunk);
+      if (all - row == 3) tile<3, R>(first, apart, count, row, sums + row * R * kChunk);
+      if (all - row == 2) tile<2, R>(first, apart, count, row, sums + row * R * kChunk);
+    }
+    if (all - row == 1) tile<1, R>(first, apart, count, row, sums + row * R * kChunk);
+  }
+  // Outputs first + r * apart + i, i < count <= kChunk, in R streams.
+  template <int R, class T>
+  void strip(std::int64_t first, std::int64_t apart, std::int64_t count) const {
+    const std::int64_t all = p.x.size[0];
+    alignas(64) float sums[kMostSums * kChunk], up[kMostSums * kChunk];
+    tiles<R>(first, apart, count, sums);
+    if (p.activation == Activation::swiglu) tiles<R>(p.y.size[1] + first, apart, count, up);
+    for (std::int64_t m = 0; m < all; ++m) {
+      const std::int64_t row = m / kTile * kTile, height = std::min<std::int64_t>(kTile, all - row);
+      for (int r = 0; r < R; ++r) {
+        const std::int64_t at = (row * R + r * height + m - row) * kChunk;
+        finish<T>(p, m, first + r * apart, count, sums + at, up + at);
+      }
+    }
+  }
+  // Outputs [first, last): R streams as far apart as can be, then what is left.
+  template <int R, class T>
+  void streams(std::int64_t first, std::int64_t last) const {
+    constexpr std::int64_t kCount = R == 1 ? kChunk : kChunk / 2;
+    const std::int64_t apart = (last - first) / R / kCount * kCount;
+    for (std::int64_t i = 0; i < apart; i += kCount) strip<R, T>(first + i, apart, kCount);
+    const std::int64_t rest = first + R * apart, each = (last - rest) / R;
+    if (each > 0) strip<R, T>(rest, each, each);
+    if (rest + R * each < last) strip<1, T>(rest + R * each, 0, last - rest - R * each);
+  }
+  template <class T>
+  void run(std::int64_t first, std::int64_t last) const {
+    const std::int64_t all = p.x.size[0];
+    if (all == 1) return streams<4, T>(first, last);
+    if (kFloats || all == 2) return streams<2, T>(first, last);
+    streams<1, T>(first, last);
+  }
+};
+
+// A block of x in the order of int4's halves (vec_linear.h), and what its groups need.
+void order_as_nibbles(const std::int16_t* q, float step, std::int16_t* to, float* steps, float* sums,
+                      std::int64_t half) {
+  constexpr int kTogether = Words::N / 16;  // blocks of 64 that are multiplied at once
+  for (int block = 0; block < kBlock / 64; ++block)
+    for (int high = 0; high < 2; ++high) {
+      const std::int16_t* const from = q + block * 64 + high * 32;
+      std::int16_t* const even = to + block / kTogether * 64 * kTogether + block % kTogether * 16 + high * 2 * Words::N;
+      std::int32_t total = 0;
+      for (int i = 0; i < 16; ++i) even[i] = from[2 * i];
+      for (int i = 0; i < 16; ++i) even[Words::N + i] = from[2 * i + 1];
+      for (int i = 0; i < 32; ++i) total += from[i];
+      steps[high * half + block] = high ? step / 16.0f : step;
+      sums[high * half + block] = step * static_cast<float>(total);
+    }
 }
 
 // x as the dot products read it.
 template <class T>
 void load_x(const PackedLinearParams& p, const Layout& at, std::int64_t row) {
-  const std::int64_t k = p.x.size[1];
+  const std::int64_t k = p.x.size[1], stride = at.kinds * at.half;
   float* const memory = p.scratch.as<float>();
   const T* const from = p.x.as<T>() + row * p.x.stride[0];
   if (!is_quantized(p)) return widen(from, k, at.width, memory + at.x + row * at.width);
   std::int16_t* const to = reinterpret_cast<std::int16_t*>(memory + at.x) + row * at.width;
-  const std::int64_t per_block = kBlock / (at.width / at.groups);  // groups
+  float *const steps = memory + at.step + row * stride, *const sums = memory + at.sum + row * stride;
+  std::fill_n(steps, stride, 0.0f);
+  std::fill_n(sums, stride, 0.0f);
   for (std::int64_t b = 0; b < at.width; b += kBlock) {
     float wide[kBlock];
     std::int16_t q[kBlock];
-    const std::int64_t n = std::min<std::int64_t>(kBlock, k - b);
-    widen(from + b, n, kBlock, wide);
-    const float step = quantize_block(wide, kLimit, q);
-    std::fill_n(memory + at.step + row * at.groups + b / kBlock * per_block, per_block, step);
-    if (per_block == 1) {
-      std::copy_n(q, kBlock, to + b);
-      continue;
-    }
-    for (int g = 0; g < kBlock; g += 32) {
-      std::int64_t total = 0;
-      for (int i = 0; i < 16; ++i) {
-        to[b + g + i] = q[g + 2 * i];
-        to[b + g + 16 + i] = q[g + 2 * i + 1];
-        total += q[g + 2 * i] + q[g + 2 * i + 1];
-      }
-      memory[at.sum + row * at.groups + (b + g) / 32] = step * static_cast<float>(total);
-    }
+    widen(from + b, std::min<std::int64_t>(kBlock, k - b), kBlock, wide);
+    if (at.kinds == 1)
+      steps[b / kBlock] = quantize_block(wide, kLimit, to + b);
+    else
+      order_as_nibbles(q, quantize_block(wide, kLimit, q), to + b, steps + b / 64, sums + b / 64, at.half);
   }
+}
+
+// Calls f with the product of these weights.
+template <class F>
+void with_product(const PackedLinearParams& p, const Layout& at, const F& f) {
+  if (p.weight.dtype == DType::f32) return f(Product<float, false>{p, at});
+  if (p.weight.dtype == DType::bf16) return f(Product<bf16, false>{p, at});
+  const auto quantized = [&](auto vnni) {
+    if (at.kinds == 1)
+      f(Product<std::int8_t, decltype(vnni)::value>{p, at});
+    else
+      f(Product<std::uint8_t, decltype(vnni)::value>{p, at});
+  };
+  if constexpr (IntVec::N == 16)
+    if (has_vnni()) return quantized(std::true_type{});
+  quantized(std::false_type{});
 }
 
 template <class T>
 void run(const PackedLinearParams& p, std::int64_t threads) {
-  const Layout at(p, threads);
+  const Layout at(p);
   const std::int64_t rows = p.x.size[0], outputs = p.y.size[1], chunks = (outputs + kChunk - 1) / kChunk;
   for (std::int64_t row = 0; row < rows; ++row) load_x<T>(p, at, row);
   const std::int64_t workers = std::min(threads, chunks);
-  parallel_for(workers, outputs * at.width * rows, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t worker = begin; worker < end; ++worker) {
-      float* const scaled = p.scratch.as<float>() + at.scaled + worker * round_up(kTile * at.groups, 16);
-      for (std::int64_t c = chunks * worker / workers; c < chunks * (worker + 1) / workers; ++c) {
-        float sums[kMostRows * kChunk], up[kMostRows * kChunk];
-        const std::int64_t first = c * kChunk, count = std::min(kChunk, outputs - first);
-        chunk(p, at, first, count, scaled, sums);
-        if (p.activation == Activation::swiglu) chunk(p, at, outputs + first, count, scaled, up);
-        for (std::int64_t m = 0; m < rows; ++m) finish<T>(p, m, first, count, sums + m * kChunk, up + m * kChunk);
-      }
-    }
+  with_product(p, at, [&](const auto& product) {
+    parallel_for(workers, outputs * at.width * rows, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t worker = begin; worker < end; ++worker)
+        product.template run<T>(chunks * worker / workers * kChunk,
+                                std::min(outputs, chunks * (worker + 1) / workers * kChunk));
+    });
   });
 }
 
@@ -252,8 +363,8 @@ void run(const PackedLinearParams& p, std::int64_t threads) {
 
 bool is_linear_decode(const PackedLinearParams& p) { return p.x.size[0] <= kMostRows; }
 
-std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p, std::int64_t threads) {
-  return Layout(p, threads).size * static_cast<std::int64_t>(sizeof(float));
+std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p) {
+  return Layout(p).size * static_cast<std::int64_t>(sizeof(float));
 }
 
 void linear_decode(const PackedLinearParams& p, std::int64_t threads) {

@@ -1,8 +1,7 @@
 // The intrinsics that only the linear kernels need, beside vec.h: products of integers, and weights from their bytes.
 //
-//   Int32x8, Int16x16, Float8   256 bits on both ISAs, for M = 1: a 512-bit instruction here and there would take
-//                               the second of three ports from all others
-//   IntVec                      int32 in a vector of the ISA's width, 8 or 16 lanes, for the register tile
+//   Words, Ints   int16 and int32 in vectors of the ISA's width (vec.h), for few rows of x
+//   IntVec        the same for the register tile, where GCC needs help to keep them in registers
 //
 // A product of pairs is a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], int16 times int16 in int32: `vpmaddwd`, or with VNNI
 // `vpdpwssd`, which adds in the same instruction.
@@ -15,52 +14,25 @@ namespace qvl {
 struct Int16x16 {
   __m256i v;
 };
-struct Int32x8 {
-  __m256i v;
-  static Int32x8 zero() { return {_mm256_setzero_si256()}; }
-};
-struct Float8 {
-  __m256 v;
-  static Float8 zero() { return {_mm256_setzero_ps()}; }
-};
 
-inline Int16x16 load16(const std::int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline void store16(std::int16_t* p, Int16x16 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline Int16x16 widen_to_16(const std::int8_t* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline Int32x8 dot_pairs(Int16x16 a, Int16x16 b) { return {_mm256_madd_epi16(a.v, b.v)}; }
-inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b.v)}; }
-// c + by a
-inline Float8 add_scaled(Int32x8 a, const float* by, Float8 c) {
-  return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v)};
-}
-inline Float8 load8(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Float8 load8(const bf16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
-}
-inline void store8(float* p, Float8 a) { _mm256_storeu_ps(p, a.v); }
-inline Float8 operator*(Float8 a, Float8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Float8 fma(Float8 a, Float8 b, Float8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline float sum(Float8 a) {
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-}
 
-// A block of 64 int4 weights, without a shuffle: as 16-bit words it is weights 2 i, 32 + 2 i, 2 i + 1, 33 + 2 i from
-// the lowest bits up.
+// Asks for a cache line. In assembly, since GCC drops the calls of a function that does nothing else.
+inline void prefetch_line(const void* p) { asm volatile("prefetcht0 %a0" : : "p"(p)); }
+
+// One (AVX2) or two blocks of 64 int4 weights, 32 bytes each, split with one shift: as 16-bit words a block is weights
+// 2 i, 32 + 2 i, 2 i + 1, 33 + 2 i from the lowest bits up. The high ones are 16 times the weight.
 struct Nibbles {
-  Int16x16 even_low, odd_low, even_high, odd_high;
+  static constexpr int kBytes = 2 * Words::N;
+  Words even_low, odd_low, even_high, odd_high;
 };
-inline Nibbles nibbles(const std::uint8_t* p) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi16(15);
-  return {{_mm256_and_si256(x, mask)},
-          {_mm256_and_si256(_mm256_srli_epi16(x, 8), mask)},
-          {_mm256_and_si256(_mm256_srli_epi16(x, 4), mask)},
-          {_mm256_srli_epi16(x, 12)}};
-}
+// bfloat16 numbers with even and with odd index, as floats.
+struct EvenOdd {
+  Vec<float> even, odd;
+};
 
 #if defined(__AVX512F__)
 
@@ -86,6 +58,33 @@ template <bool kVnni>
   }
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
 }
+template <bool kVnni>
+[[gnu::always_inline]] inline Ints add_products(Ints acc, Words a, Words b) {
+  return {add_dot_pairs<kVnni>(IntVec{acc.v}, IntVec{a.v}, IntVec{b.v}).v};
+}
+inline Nibbles nibbles(const std::uint8_t* p) {
+  __m512i x = _mm512_loadu_si512(p);
+  asm("" : "+v"(x));  // loaded once, not by each that reads it
+  const __m512i odd = _mm512_srli_epi16(x, 8);
+  const __m512i low = _mm512_set1_epi16(15), high = _mm512_set1_epi16(240);
+  return {{_mm512_and_si512(x, low)},
+          {_mm512_and_si512(odd, low)},
+          {_mm512_and_si512(x, high)},
+          {_mm512_and_si512(odd, high)}};
+}
+inline Ints products(Words a, Words b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+// c + a by[i] in the lanes of the block of 32 bytes i
+inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
+  const __m512 x = _mm512_cvtepi32_ps(a.v);
+  return _mm512_mask3_fmadd_ps(x, _mm512_set1_ps(by[1]), _mm512_mask3_fmadd_ps(x, _mm512_set1_ps(by[0]), c.v, 0x00ff),
+                               0xff00);
+}
+// 2 n numbers, n <= N, or all.
+inline EvenOdd even_odd(const bf16* p, std::int64_t n) {
+  const __m512i x = n >= 16 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first16(static_cast<int>(n)), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536)))};
+}
 inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -108,6 +107,31 @@ template <bool kVnni>
   __m256i sum = acc.v, product;
   asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a.v), "x"(b.v));
   return {sum};
+}
+template <bool kVnni>
+inline Ints add_products(Ints acc, Words a, Words b) {
+  return add_products(acc, a, b);
+}
+inline Nibbles nibbles(const std::uint8_t* p) {
+  __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  asm("" : "+x"(x));
+  const __m256i odd = _mm256_srli_epi16(x, 8);
+  const __m256i low = _mm256_set1_epi16(15), high = _mm256_set1_epi16(240);
+  return {{_mm256_and_si256(x, low)},
+          {_mm256_and_si256(odd, low)},
+          {_mm256_and_si256(x, high)},
+          {_mm256_and_si256(odd, high)}};
+}
+inline Ints products(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v);
+}
+inline EvenOdd even_odd(const bf16* p, std::int64_t n) {
+  const int* const pairs = reinterpret_cast<const int*>(p);
+  const __m256i x = n >= 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                           : _mm256_maskload_epi32(pairs, first8(static_cast<int>(n)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)))};
 }
 inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
