@@ -52,7 +52,7 @@ struct Layout {
       at += round_up(n, 16);
       return start;
     };
-    query = take(kMaxRows * dim + kStripSlack);
+    query = take(kMaxRows * dim);
     out = take(kMaxRows * columns);
     scores = take(kGroup * kStrip * kScoreRow);
     top = take(kMaxRows);
@@ -66,108 +66,145 @@ template <class T>
 class Chunk {
  public:
   using A = Acc<T>;
+  using V = Vec<A>;
 
   Chunk(const SparseAttentionParams& p, const Head<T>& head, const Layout& at, const A* packed, A* scratch)
       : p_(p),
         head_(head),
         cell_(cell_of(p)),
+        dim_(at.dim),
+        columns_(at.columns),
         keys_(packed),
         values_(packed + at.keys * at.dim),
+        query_(scratch + at.query),
+        out_(scratch + at.out),
         scores_(scratch + at.scores),
-        sums_{at.dim, at.columns, scratch + at.query, scratch + at.out, scratch + at.top, scratch + at.total} {}
+        top_(scratch + at.top),
+        total_(scratch + at.total) {}
 
   void run(std::int64_t block, std::int64_t first, std::int64_t count) {
     block_ = block * p_.block, first_ = first, count_ = count, strips_ = (count + kStrip - 1) / kStrip;
-    sums_.load_queries(head_, p_.attention.scale, first, count);
+    load_queries();
     const Range seen{0, limit_of(p_.attention, head_, first + count - 1)};
     for_cells(p_, head_.first_head, block, seen, [&](Cell cell) {
+      if (cells_ * cell_ == kScoreRow) add_tile(false);
       tile_[cells_++] = cell;
-      if (cells_ * cell_ == kScoreRow) add_tile();
     });
-    add_tile();
-    sums_.write(head_, p_.attention.value.size[3], first, count);
+    add_tile(true);
   }
 
  private:
-  // What a strip sees of a cell: keys [begin, end), begin a whole panel; their scores start at column `at`.
+  // What a strip sees of a cell: keys [begin, end), both whole vectors; their scores start at column `at`.
   struct Piece {
     std::int64_t begin, end, at;
     bool hides;
   };
 
-  void add_tile() {
-    for (std::int64_t strip = 0; cells_ > 0 && strip < strips_; strip += kGroup)
-      add_group(strip, static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - strip)));
-    cells_ = 0;
+  void load_queries() {
+    const V by(static_cast<A>(p_.attention.scale * kLog2e));
+    const std::int64_t rows = strips_ * kStrip;
+    for (std::int64_t r = 0; r < rows; ++r)
+      widen_scaled(head_.query_of(first_ + std::min(r, count_ - 1)), dim_, by, query_ + r * dim_);
+    std::fill_n(top_, rows, -std::numeric_limits<A>::infinity());
+    std::fill_n(total_, rows * V::N, A(0));
   }
 
-  void add_group(std::int64_t first_strip, int strips) {
+  void add_tile(bool last) {
+    for (std::int64_t strip = 0; strip < strips_; strip += kGroup)
+      add_group(strip, static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - strip)), last);
+    cells_ = 0, first_tile_ = false;
+  }
+
+  void add_group(std::int64_t first_strip, int strips, bool last) {
     for (int s = 0; s < strips; ++s) look(first_strip + s, s);
     for (int c = 0; c < cells_; ++c)
       for (std::int64_t j = 0; j < cell_; j += kPanel<A>)
         for (int s = 0; s < strips; ++s) score(first_strip + s, s, c, j);
     A shrink[kGroup * kStrip];
-    for (int s = 0; s < strips; ++s) {
-      if (width_[s] == 0) continue;
-      hide(s);
-      sums_.soften_strip(first_strip + s, {0, width_[s]}, row_of(s), shrink + s * kStrip, [&] {
-        for (int c = 0; c < cells_; ++c)
-          for (std::int64_t j = 0; j < cell_; j += kPanel<A>) score(first_strip + s, s, c, j);
-        hide(s);
-      });
+    for (int s = 0; s < strips; ++s)
+      if (width_[s] > 0) soften(first_strip + s, s, shrink + s * kStrip);
+    Target<T> target[kGroup];
+    for (int s = 0; last && s < strips; ++s) {
+      const std::int64_t row = (first_strip + s) * kStrip;
+      set_target(head_, first_ + row, std::min<std::int64_t>(kStrip, count_ - row), top_ + row, total_ + row * V::N,
+                 target[s]);
     }
-    for (std::int64_t column = 0; column < sums_.columns; column += kPanel<A>)
+    for (std::int64_t column = 0; column < columns_; column += kPanel<A>)
       for (int s = 0; s < strips; ++s)
-        if (width_[s] > 0) add_values(s, column, shrink + s * kStrip, sums_.sums_of(first_strip + s, column));
+        if (width_[s] > 0 || first_tile_ || last)
+          add_values(first_strip + s, s, column, shrink + s * kStrip, last ? target + s : nullptr);
   }
 
   void look(std::int64_t strip, int s) {
     std::int64_t at = 0;
     for (int c = 0; c < cells_; ++c) {
       const Words& w = words_[s][c] = words_of(p_, head_, tile_[c], block_, first_ + strip * kStrip, first_ + count_);
-      const std::int64_t begin = w.begin() / kPanel<A> * kPanel<A>, padded = round_up(w.end(), kPanel<A>);
-      pieces_[s][c] = {begin, w.end(), at, !w.cover(begin, padded)};
-      at += padded - begin;
+      const std::int64_t begin = w.begin() / V::N * V::N, end = round_up(w.end(), V::N);
+      pieces_[s][c] = {begin, end, at, !w.cover(begin, end)};
+      at += end - begin;
     }
     width_[s] = at;
   }
 
   A* row_of(int s) const { return scores_ + s * kStrip * kScoreRow; }
 
-  void score(std::int64_t strip, int s, int c, std::int64_t j) {
+  void score(std::int64_t strip, int s, int c, std::int64_t j) const {
     const Piece& piece = pieces_[s][c];
-    if (j < piece.begin || j >= piece.end) return;
-    sums_.score(strip, keys_ + (tile_[c].key + j) * sums_.dim, row_of(s) + piece.at + j - piece.begin);
+    const std::int64_t begin = std::max(piece.begin, j), end = std::min(piece.end, j + kPanel<A>);
+    if (begin < end)
+      score_rows(query_ + strip * kStrip * dim_, dim_, keys_ + (tile_[c].key + j) * dim_ + begin - j, dim_, end - begin,
+                 row_of(s) + piece.at + begin - piece.begin, kScoreRow);
   }
 
-  void hide(int s) {
+  void hide(int s) const {
     for (int c = 0; c < cells_; ++c) {
       const Piece& piece = pieces_[s][c];
-      if (piece.hides && piece.end > 0)
-        hide_unseen(words_[s][c], piece.begin, round_up(piece.end, kPanel<A>), row_of(s) + piece.at, kScoreRow);
+      if (piece.hides) hide_unseen(words_[s][c], piece.begin, piece.end, row_of(s) + piece.at, kScoreRow);
     }
   }
 
-  // o = o shrink + p v for one strip and one panel of columns.
-  void add_values(int s, std::int64_t column, const A* shrink, A* o) const {
+  // A row's first top is the largest of its first vectors.
+  void soften(std::int64_t strip, int s, A* shrink) const {
+    A *const tops = top_ + strip * kStrip, *const scores = row_of(s);
+    hide(s);
+    for (int r = 0; r < kStrip; ++r)
+      if (tops[r] == -std::numeric_limits<A>::infinity()) {
+        const A* const row = scores + r * kScoreRow;
+        tops[r] = largest(max(load(row), load(row + (width_[s] > V::N ? V::N : 0))));
+      }
+    soften_strip(tops, total_ + strip * kStrip * V::N, 0, width_[s], scores, shrink, [&] {
+      for (int c = 0; c < cells_; ++c)
+        for (std::int64_t j = 0; j < cell_; j += kPanel<A>) score(strip, s, c, j);
+      hide(s);
+    });
+  }
+
+  // o = o shrink + p v for one strip and one panel of columns; with the last tile to the output.
+  void add_values(std::int64_t strip, int s, std::int64_t column, const A* shrink, const Target<T>* target) const {
+    A* const o = out_ + strip * kStrip * columns_ + column * kStrip;
     Tile<A> acc;
-    load_tile(o, kPanel<A>, acc);
-    multiply_tile(shrink, acc);
+    if (first_tile_) {
+      clear_tile<A>(acc);
+    } else {
+      load_tile(o, kPanel<A>, acc);
+      if (width_[s] > 0) multiply_tile(shrink, acc);
+    }
     for (int c = 0; c < cells_; ++c) {
       const Piece& piece = pieces_[s][c];
-      const A* const values = values_ + tile_[c].key * sums_.columns + column * cell_ + piece.begin * kPanel<A>;
+      const A* const values = values_ + tile_[c].key * columns_ + column * cell_ + piece.begin * kPanel<A>;
       multiply_add<kScoreRow, 1>(row_of(s) + piece.at, values, piece.end - piece.begin, acc);
     }
-    store_tile(o, kPanel<A>, acc);
+    if (target == nullptr) return store_tile(o, kPanel<A>, acc);
+    write_tile(*target, column, p_.attention.value.size[3], acc);
   }
 
   const SparseAttentionParams& p_;
   const Head<T>& head_;
-  const std::int64_t cell_;
+  const std::int64_t cell_, dim_, columns_;
   const A *const keys_, *const values_;
-  A* const scores_;
-  Sums<A> sums_;
+  A *const query_, *const out_, *const scores_, *const top_, *const total_;
   std::int64_t block_ = 0, first_ = 0, count_ = 0, strips_ = 0;
+  bool first_tile_ = true;
   int cells_ = 0;
   Cell tile_[kCells];
   Words words_[kGroup][kCells];
