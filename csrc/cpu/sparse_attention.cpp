@@ -4,7 +4,7 @@
 // too few to pay for packing its keys, so that they are packed once for all blocks of queries:
 //
 //   wave    as many KV heads as kWaveBytes of packed keys hold, at least one: scratch of 4 L (D + Dv) bytes a head.
-//           First all of the wave's listed keys are packed, then all its blocks of queries run
+//           Whoever needs a cell first packs it
 //   rows    those of one query block and the heads that share its list, cut into chunks of 258 = 43 strips at most
 //   tile    192 keys, three cells of 64 from anywhere: what the strip sees of each goes to its row of scores one after
 //           the other, and from there on nothing knows of blocks; softmax and the strips' group are attention.cpp's
@@ -19,6 +19,10 @@
 
 #include "sparse_attention.h"
 
+#include <atomic>
+#include <new>
+#include <thread>
+
 #include "attention_sums.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -30,10 +34,10 @@ constexpr std::int64_t kWaveBytes = 4 << 20;
 constexpr int kMaxRows = 43 * kStrip;
 constexpr int kCells = kScoreRow / 32;
 
-// Scratch in elements of the compute type: which key blocks are listed, the wave's packed keys, then a part a thread.
+// Scratch in elements of the compute type: the wave's flags, which cells are packed; its packed keys; a part a thread.
 struct Layout {
   std::int64_t dim, dim_v, columns, keys;  // D, Dv, Dv rounded up to whole panels, Lk to whole blocks
-  std::int64_t wave, listed, head_size;    // KV heads at once; elements of `listed`, of a head's packed keys
+  std::int64_t wave, flags, head_size;     // KV heads at once; bytes of flags, elements of a head's packed keys
   std::int64_t query, out, scores, top, total, thread_size;
 
   Layout(const SparseAttentionParams& p, std::int64_t bytes, int panel)
@@ -42,10 +46,10 @@ struct Layout {
         columns(round_up(dim_v, panel)),
         keys(key_blocks(p) * p.block) {
     const std::int64_t heads = p.attention.query.size[0] * p.attention.key.size[1];
-    listed = round_up(p.full_offsets.size[0] * key_blocks(p), 64);
     head_size = keys * (dim + columns);
     wave = std::clamp<std::int64_t>(kWaveBytes / std::max<std::int64_t>(head_size * bytes, 1), 1,
                                     std::max<std::int64_t>(heads, 1));
+    flags = round_up(wave * (keys / cell_of(p)), 64);
     std::int64_t at = 0;
     const auto take = [&](std::int64_t n) {
       const std::int64_t start = at;
@@ -61,6 +65,39 @@ struct Layout {
   }
 };
 
+using Flag = std::atomic<std::uint8_t>;
+enum : std::uint8_t { kNothing, kBegun, kPacked };
+
+// A KV head's keys and values: who needs a cell first packs it, and has it in its caches; who comes meanwhile waits.
+template <class T>
+class PackedHead {
+ public:
+  using A = Acc<T>;
+
+  PackedHead(const Head<T>& head, const Layout& at, std::int64_t cell, A* packed, Flag* flags)
+      : keys(packed), values(packed + at.keys * at.dim), head_(head), at_(at), cell_(cell), flags_(flags) {}
+
+  void need(std::int64_t key) const {
+    Flag& flag = flags_[key / cell_];
+    std::uint8_t state = flag.load(std::memory_order_acquire);
+    if (state == kPacked) return;
+    if (state == kNothing && flag.compare_exchange_strong(state, kBegun)) {
+      pack_cell(head_, key, cell_, at_.dim, at_.dim_v, keys + key * at_.dim, values + key * at_.columns);
+      flag.store(kPacked, std::memory_order_release);
+      return;
+    }
+    while (flag.load(std::memory_order_acquire) != kPacked) std::this_thread::yield();
+  }
+
+  A *const keys, *const values;
+
+ private:
+  const Head<T>& head_;
+  const Layout& at_;
+  const std::int64_t cell_;
+  Flag* const flags_;
+};
+
 // Rows [first, first + count) of one sharing, all of the query block that starts at position `block`.
 template <class T>
 class Chunk {
@@ -68,14 +105,13 @@ class Chunk {
   using A = Acc<T>;
   using V = Vec<A>;
 
-  Chunk(const SparseAttentionParams& p, const Head<T>& head, const Layout& at, const A* packed, A* scratch)
+  Chunk(const SparseAttentionParams& p, const Head<T>& head, const Layout& at, const PackedHead<T>& packed, A* scratch)
       : p_(p),
         head_(head),
         cell_(cell_of(p)),
         dim_(at.dim),
         columns_(at.columns),
-        keys_(packed),
-        values_(packed + at.keys * at.dim),
+        packed_(packed),
         query_(scratch + at.query),
         out_(scratch + at.out),
         scores_(scratch + at.scores),
@@ -88,15 +124,16 @@ class Chunk {
     const Range seen{0, limit_of(p_.attention, head_, first + count - 1)};
     for_cells(p_, head_.first_head, block, seen, [&](Cell cell) {
       if (cells_ * cell_ == kScoreRow) add_tile(false);
+      packed_.need(cell.key);
       tile_[cells_++] = cell;
     });
     add_tile(true);
   }
 
  private:
-  // What a strip sees of a cell: keys [begin, end), both whole vectors; their scores start at column `at`.
+  // What a strip sees of a cell: keys [first, last), in whole vectors [begin, end); their scores start at column `at`.
   struct Piece {
-    std::int64_t begin, end, at;
+    std::int64_t first, last, begin, end, at;
     bool hides;
   };
 
@@ -140,7 +177,7 @@ class Chunk {
     for (int c = 0; c < cells_; ++c) {
       const Words& w = words_[s][c] = words_of(p_, head_, tile_[c], block_, first_ + strip * kStrip, first_ + count_);
       const std::int64_t begin = w.begin() / V::N * V::N, end = round_up(w.end(), V::N);
-      pieces_[s][c] = {begin, end, at, !w.cover(begin, end)};
+      pieces_[s][c] = {w.begin(), w.end(), begin, end, at, !w.cover(begin, end)};
       at += end - begin;
     }
     width_[s] = at;
@@ -152,8 +189,8 @@ class Chunk {
     const Piece& piece = pieces_[s][c];
     const std::int64_t begin = std::max(piece.begin, j), end = std::min(piece.end, j + kPanel<A>);
     if (begin < end)
-      score_rows(query_ + strip * kStrip * dim_, dim_, keys_ + (tile_[c].key + j) * dim_ + begin - j, dim_, end - begin,
-                 row_of(s) + piece.at + begin - piece.begin, kScoreRow);
+      score_rows(query_ + strip * kStrip * dim_, dim_, packed_.keys + (tile_[c].key + j) * dim_ + begin - j, dim_,
+                 end - begin, row_of(s) + piece.at + begin - piece.begin, kScoreRow);
   }
 
   void hide(int s) const {
@@ -191,8 +228,9 @@ class Chunk {
     }
     for (int c = 0; c < cells_; ++c) {
       const Piece& piece = pieces_[s][c];
-      const A* const values = values_ + tile_[c].key * columns_ + column * cell_ + piece.begin * kPanel<A>;
-      multiply_add<kScoreRow, 1>(row_of(s) + piece.at, values, piece.end - piece.begin, acc);
+      const A* const values = packed_.values + tile_[c].key * columns_ + column * cell_ + piece.first * kPanel<A>;
+      const A* const p = row_of(s) + piece.at + piece.first - piece.begin;
+      multiply_add<kScoreRow, 1>(p, values, piece.last - piece.first, acc);
     }
     if (target == nullptr) return store_tile(o, kPanel<A>, acc);
     write_tile(*target, column, p_.attention.value.size[3], acc);
@@ -201,7 +239,7 @@ class Chunk {
   const SparseAttentionParams& p_;
   const Head<T>& head_;
   const std::int64_t cell_, dim_, columns_;
-  const A *const keys_, *const values_;
+  const PackedHead<T>& packed_;
   A *const query_, *const out_, *const scores_, *const top_, *const total_;
   std::int64_t block_ = 0, first_ = 0, count_ = 0, strips_ = 0;
   bool first_tile_ = true;
@@ -212,59 +250,34 @@ class Chunk {
   std::int64_t width_[kGroup];
 };
 
-// listed[head * key blocks + j]: whether any query sees key block j.
-void mark_listed(const SparseAttentionParams& p, std::uint8_t* listed) {
-  const std::int64_t heads = p.full_offsets.size[0], columns = key_blocks(p);
-  std::fill_n(listed, heads * columns, std::uint8_t{0});
-  for (const auto& [offsets, blocks] : {std::pair(&p.full_offsets, &p.full), std::pair(&p.partial_offsets, &p.partial)})
-    for (std::int64_t head = 0; head < heads; ++head) {
-      const auto* const ends = offsets->as<std::int32_t>() + head * offsets->size[1];
-      for (std::int64_t i = ends[0]; i < ends[offsets->size[1] - 1]; ++i)
-        listed[head * columns + blocks->as<std::int32_t>()[i]] = 1;
-    }
-}
-
 template <class T>
 void forward(const SparseAttentionParams& p) {
   using A = Acc<T>;
   const AttentionParams& f = p.attention;
   const Layout at(p, sizeof(A), kPanel<A>);
   const Sharing sharing(p);
-  auto* const listed = f.scratch.as<std::uint8_t>();
-  A* const packed = reinterpret_cast<A*>(listed + at.listed);
+  auto* const flags = f.scratch.as<std::uint8_t>();
+  A* const packed = reinterpret_cast<A*>(flags + at.flags);
   A* const threads = packed + at.wave * at.head_size;
   const std::int64_t workers =
-      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - listed)) / (at.thread_size * sizeof(A));
-  const std::int64_t kv_heads = f.query.size[0] * f.key.size[1], columns = key_blocks(p), cell = cell_of(p);
-  mark_listed(p, listed);
+      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - flags)) / (at.thread_size * sizeof(A));
+  const std::int64_t kv_heads = f.query.size[0] * f.key.size[1], cell = cell_of(p), cells = at.keys / cell;
   // Rows of a query block go in `chunks` parts of `size` rows.
   const std::int64_t rows = p.block * sharing.heads, chunks = blocks_of(rows, kMaxRows);
   const std::int64_t size = round_up(blocks_of(rows, chunks), kStrip);
+  const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
   const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
   for (std::int64_t wave = 0; wave < kv_heads; wave += at.wave) {
-    const std::int64_t heads = std::min(at.wave, kv_heads - wave);
-    parallel_tasks(heads * columns, heads * at.head_size, workers, [&](std::int64_t task, std::int64_t) {
-      const std::int64_t head = task / columns, block = task % columns, kv_head = wave + head;
-      bool any = false;
-      for (std::int64_t i = 0; i < sharing.count; ++i) {
-        const std::int64_t query_head = kv_head % f.key.size[1] * sharing.count * sharing.heads + i;
-        any |= listed[(p.full_offsets.size[0] == 1 ? 0 : query_head) * columns + block] != 0;
-      }
-      if (!any) return;
-      const Head<T> keys = head_of<T>(p, sharing, kv_head, 0);
-      A *const to = packed + head * at.head_size, *const values = to + at.keys * at.dim;
-      for (std::int64_t key = block * p.block; key < std::min((block + 1) * p.block, keys.len_k); key += cell)
-        pack_cell(keys, key, cell, at.dim, at.dim_v, to + key * at.dim, values + key * at.columns);
-    });
-    const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
-    parallel_tasks(heads * of_head, work, workers, [&](std::int64_t task, std::int64_t worker) {
+    for (std::int64_t i = 0; i < at.wave * cells; ++i) new (flags + i) Flag(kNothing);
+    parallel_tasks(std::min(at.wave, kv_heads - wave) * of_head, work, workers, [&](std::int64_t task, std::int64_t w) {
       const std::int64_t head = task / of_head, block = task / chunks % query_blocks(p);
       const Head<T> rows_of = head_of<T>(p, sharing, wave + head, task % of_head / (query_blocks(p) * chunks));
       const std::int64_t begin = block * rows + task % chunks * size;
       const std::int64_t end = std::min({begin + size, (block + 1) * rows, rows_of.rows()});
       if (begin >= end) return;
-      Chunk<T>(p, rows_of, at, packed + head * at.head_size, threads + worker * at.thread_size)
-          .run(block, begin, end - begin);
+      const PackedHead<T> keys(rows_of, at, cell, packed + head * at.head_size,
+                               reinterpret_cast<Flag*>(flags) + head * cells);
+      Chunk<T>(p, rows_of, at, keys, threads + w * at.thread_size).run(block, begin, end - begin);
     });
   }
 }
@@ -275,7 +288,7 @@ std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std:
   const bool wide = p.attention.query.dtype == DType::f64;
   const std::int64_t bytes = wide ? 8 : 4;
   const Layout at(p, bytes, wide ? kPanel<double> : kPanel<float>);
-  return at.listed + (at.wave * at.head_size + threads * at.thread_size) * bytes;
+  return at.flags + (at.wave * at.head_size + threads * at.thread_size) * bytes;
 }
 
 void sparse_attention(const SparseAttentionParams& p) {
