@@ -80,7 +80,7 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     calls, total = {}, 0.0
     for name, run in runs.items():
         run()
-        once = _seconds(run)
+        once = seconds_of(run)
         calls[name] = max(1, int(2e-3 / (once + 1e-9)))
         total += once * calls[name]
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -153,7 +153,8 @@ def roofs() -> Roofs:
     )
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """One call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -195,7 +196,7 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio else "-"
 
 
-def machine() -> dict[str, object]:
+def facts() -> dict[str, object]:
     """What the figures depend on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=_here())
     return {
@@ -205,6 +206,12 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or "unknown",
         "backends": qvl_kernels.available_backends(),
+    }
+
+
+def machine() -> dict[str, object]:
+    """The facts, and the roofs measured between the rows."""
+    return facts() | {
         "read_gbytes": round(median(row.read_gbytes for row in RESULTS), 1),
         "fma_gflops": round(median(row.fma_gflops for row in RESULTS), 1),
         "int8_gops": round(median(row.int8_gops for row in RESULTS), 1),

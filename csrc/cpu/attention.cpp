@@ -159,7 +159,7 @@ class Block {
     for (int s = 0; s < strips; ++s)
       if (part[s].keys.begin < part[s].keys.end)
         soften_strip(part[s], tile, scores + s * kStrip * kTile, factor + s * kStrip);
-    Target target[kGroup];
+    Target<T> target[kGroup];
     for (int s = 0; s < strips; ++s)
       if (part[s].last && part[s].keys.begin < part[s].keys.end) finish(part[s].strip, target[s]);
     for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>)
@@ -210,28 +210,15 @@ class Block {
     store(m_ + at_.total + (part.strip * kStrip + r) * V::N, total);
   }
 
-  // Where a strip's rows are written, times 1 / total, which is 0 where a row saw no key.
-  struct Target {
-    T* row[kStrip];
-    A inverse[kStrip];
-    int rows;
-  };
-
-  void finish(std::int64_t strip, Target& target) const {
-    target.rows = static_cast<int>(std::min<std::int64_t>(kStrip, count_ - strip * kStrip));
-    for (int r = 0; r < kStrip; ++r) {
-      const std::int64_t row = strip * kStrip + r;
-      const A total = sum(load(m_ + at_.total + row * V::N));
-      target.inverse[r] = total == 0 ? A(0) : 1 / total;
-      if (r >= target.rows) continue;
-      target.row[r] = head_.out_of(first_ + row);
-      write_lse(head_, first_ + row, m_[at_.top + row], total);
-    }
+  void finish(std::int64_t strip, Target<T>& target) const {
+    const std::int64_t row = strip * kStrip;
+    set_target(head_, first_ + row, std::min<std::int64_t>(kStrip, count_ - row), m_ + at_.top + row,
+               m_ + at_.total + row * V::N, target);
   }
 
   // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for one strip and one panel of columns; after the strip's last
   // tile to the output.
-  void add_values(const Part& part, std::int64_t c, const A* p, const A* shrink, const Target& target) {
+  void add_values(const Part& part, std::int64_t c, const A* p, const A* shrink, const Target<T>& target) {
     A* const o = m_ + at_.out + part.strip * kStrip * at_.columns + c * kStrip;
     const A* const values = m_ + at_.value + c * tile_;
     const auto [begin, end] = part.keys;
@@ -244,27 +231,7 @@ class Block {
     }
     multiply_add<kTile, 1>(p + begin, values + begin * kPanel<A>, end - begin, acc);
     if (!part.last) return store_tile(o, kPanel<A>, acc);
-    multiply_tile(target.inverse, acc);
-    const std::int64_t rest = p_.value.size[3] - c;
-    if (rest >= kPanel<A>) {
-#pragma GCC unroll 6
-      for (int r = 0; r < kStrip; ++r) {
-        if (r >= target.rows) return;
-        T* const to = target.row[r] + c;
-        store(to, acc[r][0]);
-        store(to + V::N, acc[r][1]);
-      }
-      return;
-    }
-    A narrow[kStrip * kPanel<A>];
-    store_tile(narrow, kPanel<A>, acc);
-    for (int r = 0; r < target.rows; ++r) {
-      T* const to = target.row[r] + c;
-      const int w = rest >= V::N ? V::N : 0;
-      const A* const from = narrow + r * kPanel<A>;
-      if (w > 0) store(to, load(from));
-      if (rest > w) store(to + w, load(from + w), static_cast<int>(rest) - w);
-    }
+    write_tile(target, c, p_.value.size[3], acc);
   }
 
   const AttentionParams& p_;

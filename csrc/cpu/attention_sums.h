@@ -1,5 +1,5 @@
-// What the dense and the sparse forward kernel share: online softmax of a strip; and what the sparse one keeps of a
-// block of query rows. Scores of a strip are rows of kScoreRow keys: four strips of 192 floats are 18 KiB of L1.
+// What the dense and the sparse forward kernel share: online softmax of a strip, and the way of its sums to the output.
+// Scores of a strip are rows of kScoreRow keys: four strips of 192 floats are 18 KiB of L1.
 #pragma once
 
 #include "attention_tiles.h"
@@ -51,63 +51,55 @@ void soften_strip(A* top, A* total, std::int64_t begin, std::int64_t padded, A* 
   }
 }
 
-template <class A>
-struct Sums {
-  using V = Vec<A>;
-
-  std::int64_t dim, columns;  // D, and Dv rounded up to whole panels
-  A *query, *out;             // strips [D][6]; strips of column panels [6][2 N]
-  A *top, *total;             // a row's shift of the exponents; a row's sum of them, in N lanes
-
-  // Rows [first, first + count) of the head; the last one fills up its strip. No key is seen yet.
-  template <class T, class S>
-  void load_queries(const Head<T, S>& head, double scale, std::int64_t first, std::int64_t count) {
-    const V by(static_cast<A>(scale * kLog2e));
-    const std::int64_t strips = (count + kStrip - 1) / kStrip;
-    A rows[kStrip][kMaxDim];
-    for (std::int64_t strip = 0; strip < strips; ++strip) {
-      for (int r = 0; r < kStrip; ++r) {
-        widen_scaled(head.query_of(first + std::min(strip * kStrip + r, count - 1)), dim, by, rows[r]);
-      }
-      to_strip(rows[0], kMaxDim, dim, query + strip * kStrip * dim);
-    }
-    std::fill_n(out, strips * kStrip * columns, A(0));
-    std::fill_n(top, strips * kStrip, -std::numeric_limits<A>::infinity());
-    std::fill_n(total, strips * kStrip * V::N, A(0));
-  }
-
-  void score(std::int64_t strip, const A* panel, A* scores) const {
-    score_panel(query + strip * kStrip * dim, panel, dim, scores, kScoreRow);
-  }
-
-  // A row's first top is the largest of its first panel.
-  template <class Again>
-  void soften_strip(std::int64_t strip, Range seen, A* scores, A* shrink, const Again& again) {
-    A* const tops = top + strip * kStrip;
-    for (int r = 0; r < kStrip; ++r)
-      if (tops[r] == -std::numeric_limits<A>::infinity()) {
-        const A* const first = scores + r * kScoreRow + seen.begin;
-        tops[r] = largest(max(load(first), load(first + V::N)));
-      }
-    cpu::soften_strip(tops, total + strip * kStrip * V::N, seen.begin, round_up(seen.end, kPanel<A>), scores, shrink,
-                      again);
-  }
-
-  // The sums of one strip and one panel of columns.
-  A* sums_of(std::int64_t strip, std::int64_t column) const { return out + strip * kStrip * columns + column * kStrip; }
-
-  template <class T, class S>
-  void write(const Head<T, S>& head, std::int64_t dim_v, std::int64_t first, std::int64_t count) const {
-    A row[kMaxDim];
-    for (std::int64_t r = 0; r < count; ++r) {
-      const A* from = out + r / kStrip * kStrip * columns + r % kStrip * kPanel<A>;
-      for (std::int64_t c = 0; c < columns; c += kPanel<A>) {
-        store(row + c, load(from + c * kStrip));
-        store(row + c + V::N, load(from + c * kStrip + V::N));
-      }
-      write_row(head, first + r, dim_v, row, top[r], sum(load(total + r * V::N)));
-    }
-  }
+// Where a strip's rows are written, times 1 / total, which is 0 where a row saw no key.
+template <class T>
+struct Target {
+  T* row[kStrip];
+  Acc<T> inverse[kStrip];
+  int rows;
 };
+
+// Of `rows` rows of the head from `first` on; writes their log-sum-exp. top (6), total (6, N lanes).
+template <class T, class S>
+void set_target(const Head<T, S>& head, std::int64_t first, std::int64_t rows, const Acc<T>* top, const Acc<T>* total,
+                Target<T>& target) {
+  target.rows = static_cast<int>(rows);
+  for (int r = 0; r < kStrip; ++r) {
+    const Acc<T> of_row = sum(load(total + r * Vec<Acc<T>>::N));
+    target.inverse[r] = of_row == 0 ? Acc<T>(0) : 1 / of_row;
+    if (r >= target.rows) continue;
+    target.row[r] = head.out_of(first + r);
+    write_lse(head, first + r, top[r], of_row);
+  }
+}
+
+// Columns [c, c + 2 N) of the strip, as far as there are any.
+template <class T>
+[[gnu::always_inline]] inline void write_tile(const Target<T>& target, std::int64_t c, std::int64_t dim_v,
+                                              Tile<Acc<T>>& acc) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  multiply_tile(target.inverse, acc);
+  const std::int64_t rest = dim_v - c;
+  if (rest >= kPanel<A>) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r) {
+      if (r >= target.rows) return;
+      T* const to = target.row[r] + c;
+      store(to, acc[r][0]);
+      store(to + V::N, acc[r][1]);
+    }
+    return;
+  }
+  A narrow[kStrip * kPanel<A>];
+  store_tile(narrow, kPanel<A>, acc);
+  for (int r = 0; r < target.rows; ++r) {
+    T* const to = target.row[r] + c;
+    const int w = rest >= V::N ? V::N : 0;
+    const A* const from = narrow + r * kPanel<A>;
+    if (w > 0) store(to, load(from));
+    if (rest > w) store(to + w, load(from + w), static_cast<int>(rest) - w);
+  }
+}
 
 }  // namespace qvl::cpu

@@ -4,7 +4,7 @@
 // too few to pay for packing its keys, so that they are packed once for all blocks of queries:
 //
 //   wave    as many KV heads as kWaveBytes of packed keys hold, at least one: scratch of 4 L (D + Dv) bytes a head.
-//           First all of the wave's listed keys are packed, then all its blocks of queries run
+//           Whoever needs a cell first packs it
 //   rows    those of one query block and the heads that share its list, cut into chunks of 258 = 43 strips at most
 //   tile    192 keys, three cells of 64 from anywhere: what the strip sees of each goes to its row of scores one after
 //           the other, and from there on nothing knows of blocks; softmax and the strips' group are attention.cpp's
@@ -19,6 +19,10 @@
 
 #include "sparse_attention.h"
 
+#include <atomic>
+#include <new>
+#include <thread>
+
 #include "attention_sums.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -30,10 +34,10 @@ constexpr std::int64_t kWaveBytes = 4 << 20;
 constexpr int kMaxRows = 43 * kStrip;
 constexpr int kCells = kScoreRow / 32;
 
-// Scratch in elements of the compute type: which key blocks are listed, the wave's packed keys, then a part a thread.
+// Scratch in elements of the compute type: the wave's flags, which cells are packed; its packed keys; a part a thread.
 struct Layout {
   std::int64_t dim, dim_v, columns, keys;  // D, Dv, Dv rounded up to whole panels, Lk to whole blocks
-  std::int64_t wave, listed, head_size;    // KV heads at once; elements of `listed`, of a head's packed keys
+  std::int64_t wave, flags, head_size;     // KV heads at once; bytes of flags, elements of a head's packed keys
   std::int64_t query, out, scores, top, total, thread_size;
 
   Layout(const SparseAttentionParams& p, std::int64_t bytes, int panel)
@@ -42,17 +46,17 @@ struct Layout {
         columns(round_up(dim_v, panel)),
         keys(key_blocks(p) * p.block) {
     const std::int64_t heads = p.attention.query.size[0] * p.attention.key.size[1];
-    listed = round_up(p.full_offsets.size[0] * key_blocks(p), 64);
     head_size = keys * (dim + columns);
     wave = std::clamp<std::int64_t>(kWaveBytes / std::max<std::int64_t>(head_size * bytes, 1), 1,
                                     std::max<std::int64_t>(heads, 1));
+    flags = round_up(wave * (keys / cell_of(p)), 64);
     std::int64_t at = 0;
     const auto take = [&](std::int64_t n) {
       const std::int64_t start = at;
       at += round_up(n, 16);
       return start;
     };
-    query = take(kMaxRows * dim + kStripSlack);
+    query = take(kMaxRows * dim);
     out = take(kMaxRows * columns);
     scores = take(kGroup * kStrip * kScoreRow);
     top = take(kMaxRows);
@@ -61,113 +65,184 @@ struct Layout {
   }
 };
 
+using Flag = std::atomic<std::uint8_t>;
+enum : std::uint8_t { kNothing, kBegun, kPacked };
+
+// A KV head's keys and values: who needs a cell first packs it, and has it in its caches; who comes meanwhile waits.
+template <class T>
+class PackedHead {
+ public:
+  using A = Acc<T>;
+
+  PackedHead(const Head<T>& head, const Layout& at, std::int64_t cell, A* packed, Flag* flags)
+      : keys(packed), values(packed + at.keys * at.dim), head_(head), at_(at), cell_(cell), flags_(flags) {}
+
+  void need(std::int64_t key) const {
+    Flag& flag = flags_[key / cell_];
+    std::uint8_t state = flag.load(std::memory_order_acquire);
+    if (state == kPacked) return;
+    if (state == kNothing && flag.compare_exchange_strong(state, kBegun)) {
+      pack_cell(head_, key, cell_, at_.dim, at_.dim_v, keys + key * at_.dim, values + key * at_.columns);
+      flag.store(kPacked, std::memory_order_release);
+      return;
+    }
+    while (flag.load(std::memory_order_acquire) != kPacked) std::this_thread::yield();
+  }
+
+  A *const keys, *const values;
+
+ private:
+  const Head<T>& head_;
+  const Layout& at_;
+  const std::int64_t cell_;
+  Flag* const flags_;
+};
+
 // Rows [first, first + count) of one sharing, all of the query block that starts at position `block`.
 template <class T>
 class Chunk {
  public:
   using A = Acc<T>;
+  using V = Vec<A>;
 
-  Chunk(const SparseAttentionParams& p, const Head<T>& head, const Layout& at, const A* packed, A* scratch)
+  Chunk(const SparseAttentionParams& p, const Head<T>& head, const Layout& at, const PackedHead<T>& packed, A* scratch)
       : p_(p),
         head_(head),
         cell_(cell_of(p)),
-        keys_(packed),
-        values_(packed + at.keys * at.dim),
+        dim_(at.dim),
+        columns_(at.columns),
+        packed_(packed),
+        query_(scratch + at.query),
+        out_(scratch + at.out),
         scores_(scratch + at.scores),
-        sums_{at.dim, at.columns, scratch + at.query, scratch + at.out, scratch + at.top, scratch + at.total} {}
+        top_(scratch + at.top),
+        total_(scratch + at.total) {}
 
   void run(std::int64_t block, std::int64_t first, std::int64_t count) {
     block_ = block * p_.block, first_ = first, count_ = count, strips_ = (count + kStrip - 1) / kStrip;
-    sums_.load_queries(head_, p_.attention.scale, first, count);
+    load_queries();
     const Range seen{0, limit_of(p_.attention, head_, first + count - 1)};
     for_cells(p_, head_.first_head, block, seen, [&](Cell cell) {
+      if (cells_ * cell_ == kScoreRow) add_tile(false);
+      packed_.need(cell.key);
       tile_[cells_++] = cell;
-      if (cells_ * cell_ == kScoreRow) add_tile();
     });
-    add_tile();
-    sums_.write(head_, p_.attention.value.size[3], first, count);
+    add_tile(true);
   }
 
  private:
-  // What a strip sees of a cell: keys [begin, end), begin a whole panel; their scores start at column `at`.
+  // What a strip sees of a cell: keys [first, last), in whole vectors [begin, end); their scores start at column `at`.
   struct Piece {
-    std::int64_t begin, end, at;
+    std::int64_t first, last, begin, end, at;
     bool hides;
   };
 
-  void add_tile() {
-    for (std::int64_t strip = 0; cells_ > 0 && strip < strips_; strip += kGroup)
-      add_group(strip, static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - strip)));
-    cells_ = 0;
+  void load_queries() {
+    const V by(static_cast<A>(p_.attention.scale * kLog2e));
+    const std::int64_t rows = strips_ * kStrip;
+    for (std::int64_t r = 0; r < rows; ++r)
+      widen_scaled(head_.query_of(first_ + std::min(r, count_ - 1)), dim_, by, query_ + r * dim_);
+    std::fill_n(top_, rows, -std::numeric_limits<A>::infinity());
+    std::fill_n(total_, rows * V::N, A(0));
   }
 
-  void add_group(std::int64_t first_strip, int strips) {
+  void add_tile(bool last) {
+    for (std::int64_t strip = 0; strip < strips_; strip += kGroup)
+      add_group(strip, static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - strip)), last);
+    cells_ = 0, first_tile_ = false;
+  }
+
+  void add_group(std::int64_t first_strip, int strips, bool last) {
     for (int s = 0; s < strips; ++s) look(first_strip + s, s);
     for (int c = 0; c < cells_; ++c)
       for (std::int64_t j = 0; j < cell_; j += kPanel<A>)
         for (int s = 0; s < strips; ++s) score(first_strip + s, s, c, j);
     A shrink[kGroup * kStrip];
-    for (int s = 0; s < strips; ++s) {
-      if (width_[s] == 0) continue;
-      hide(s);
-      sums_.soften_strip(first_strip + s, {0, width_[s]}, row_of(s), shrink + s * kStrip, [&] {
-        for (int c = 0; c < cells_; ++c)
-          for (std::int64_t j = 0; j < cell_; j += kPanel<A>) score(first_strip + s, s, c, j);
-        hide(s);
-      });
+    for (int s = 0; s < strips; ++s)
+      if (width_[s] > 0) soften(first_strip + s, s, shrink + s * kStrip);
+    Target<T> target[kGroup];
+    for (int s = 0; last && s < strips; ++s) {
+      const std::int64_t row = (first_strip + s) * kStrip;
+      set_target(head_, first_ + row, std::min<std::int64_t>(kStrip, count_ - row), top_ + row, total_ + row * V::N,
+                 target[s]);
     }
-    for (std::int64_t column = 0; column < sums_.columns; column += kPanel<A>)
+    for (std::int64_t column = 0; column < columns_; column += kPanel<A>)
       for (int s = 0; s < strips; ++s)
-        if (width_[s] > 0) add_values(s, column, shrink + s * kStrip, sums_.sums_of(first_strip + s, column));
+        if (width_[s] > 0 || first_tile_ || last)
+          add_values(first_strip + s, s, column, shrink + s * kStrip, last ? target + s : nullptr);
   }
 
   void look(std::int64_t strip, int s) {
     std::int64_t at = 0;
     for (int c = 0; c < cells_; ++c) {
       const Words& w = words_[s][c] = words_of(p_, head_, tile_[c], block_, first_ + strip * kStrip, first_ + count_);
-      const std::int64_t begin = w.begin() / kPanel<A> * kPanel<A>, padded = round_up(w.end(), kPanel<A>);
-      pieces_[s][c] = {begin, w.end(), at, !w.cover(begin, padded)};
-      at += padded - begin;
+      const std::int64_t begin = w.begin() / V::N * V::N, end = round_up(w.end(), V::N);
+      pieces_[s][c] = {w.begin(), w.end(), begin, end, at, !w.cover(begin, end)};
+      at += end - begin;
     }
     width_[s] = at;
   }
 
   A* row_of(int s) const { return scores_ + s * kStrip * kScoreRow; }
 
-  void score(std::int64_t strip, int s, int c, std::int64_t j) {
+  void score(std::int64_t strip, int s, int c, std::int64_t j) const {
     const Piece& piece = pieces_[s][c];
-    if (j < piece.begin || j >= piece.end) return;
-    sums_.score(strip, keys_ + (tile_[c].key + j) * sums_.dim, row_of(s) + piece.at + j - piece.begin);
+    const std::int64_t begin = std::max(piece.begin, j), end = std::min(piece.end, j + kPanel<A>);
+    if (begin < end)
+      score_rows(query_ + strip * kStrip * dim_, dim_, packed_.keys + (tile_[c].key + j) * dim_ + begin - j, dim_,
+                 end - begin, row_of(s) + piece.at + begin - piece.begin, kScoreRow);
   }
 
-  void hide(int s) {
+  void hide(int s) const {
     for (int c = 0; c < cells_; ++c) {
       const Piece& piece = pieces_[s][c];
-      if (piece.hides && piece.end > 0)
-        hide_unseen(words_[s][c], piece.begin, round_up(piece.end, kPanel<A>), row_of(s) + piece.at, kScoreRow);
+      if (piece.hides) hide_unseen(words_[s][c], piece.begin, piece.end, row_of(s) + piece.at, kScoreRow);
     }
   }
 
-  // o = o shrink + p v for one strip and one panel of columns.
-  void add_values(int s, std::int64_t column, const A* shrink, A* o) const {
+  // A row's first top is the largest of its first vectors.
+  void soften(std::int64_t strip, int s, A* shrink) const {
+    A *const tops = top_ + strip * kStrip, *const scores = row_of(s);
+    hide(s);
+    for (int r = 0; r < kStrip; ++r)
+      if (tops[r] == -std::numeric_limits<A>::infinity()) {
+        const A* const row = scores + r * kScoreRow;
+        tops[r] = largest(max(load(row), load(row + (width_[s] > V::N ? V::N : 0))));
+      }
+    soften_strip(tops, total_ + strip * kStrip * V::N, 0, width_[s], scores, shrink, [&] {
+      for (int c = 0; c < cells_; ++c)
+        for (std::int64_t j = 0; j < cell_; j += kPanel<A>) score(strip, s, c, j);
+      hide(s);
+    });
+  }
+
+  // o = o shrink + p v for one strip and one panel of columns; with the last tile to the output.
+  void add_values(std::int64_t strip, int s, std::int64_t column, const A* shrink, const Target<T>* target) const {
+    A* const o = out_ + strip * kStrip * columns_ + column * kStrip;
     Tile<A> acc;
-    load_tile(o, kPanel<A>, acc);
-    multiply_tile(shrink, acc);
+    if (first_tile_) {
+      clear_tile<A>(acc);
+    } else {
+      load_tile(o, kPanel<A>, acc);
+      if (width_[s] > 0) multiply_tile(shrink, acc);
+    }
     for (int c = 0; c < cells_; ++c) {
       const Piece& piece = pieces_[s][c];
-      const A* const values = values_ + tile_[c].key * sums_.columns + column * cell_ + piece.begin * kPanel<A>;
-      multiply_add<kScoreRow, 1>(row_of(s) + piece.at, values, piece.end - piece.begin, acc);
+      const A* const values = packed_.values + tile_[c].key * columns_ + column * cell_ + piece.first * kPanel<A>;
+      const A* const p = row_of(s) + piece.at + piece.first - piece.begin;
+      multiply_add<kScoreRow, 1>(p, values, piece.last - piece.first, acc);
     }
-    store_tile(o, kPanel<A>, acc);
+    if (target == nullptr) return store_tile(o, kPanel<A>, acc);
+    write_tile(*target, column, p_.attention.value.size[3], acc);
   }
 
   const SparseAttentionParams& p_;
   const Head<T>& head_;
-  const std::int64_t cell_;
-  const A *const keys_, *const values_;
-  A* const scores_;
-  Sums<A> sums_;
+  const std::int64_t cell_, dim_, columns_;
+  const PackedHead<T>& packed_;
+  A *const query_, *const out_, *const scores_, *const top_, *const total_;
   std::int64_t block_ = 0, first_ = 0, count_ = 0, strips_ = 0;
+  bool first_tile_ = true;
   int cells_ = 0;
   Cell tile_[kCells];
   Words words_[kGroup][kCells];
@@ -175,59 +250,34 @@ class Chunk {
   std::int64_t width_[kGroup];
 };
 
-// listed[head * key blocks + j]: whether any query sees key block j.
-void mark_listed(const SparseAttentionParams& p, std::uint8_t* listed) {
-  const std::int64_t heads = p.full_offsets.size[0], columns = key_blocks(p);
-  std::fill_n(listed, heads * columns, std::uint8_t{0});
-  for (const auto& [offsets, blocks] : {std::pair(&p.full_offsets, &p.full), std::pair(&p.partial_offsets, &p.partial)})
-    for (std::int64_t head = 0; head < heads; ++head) {
-      const auto* const ends = offsets->as<std::int32_t>() + head * offsets->size[1];
-      for (std::int64_t i = ends[0]; i < ends[offsets->size[1] - 1]; ++i)
-        listed[head * columns + blocks->as<std::int32_t>()[i]] = 1;
-    }
-}
-
 template <class T>
 void forward(const SparseAttentionParams& p) {
   using A = Acc<T>;
   const AttentionParams& f = p.attention;
   const Layout at(p, sizeof(A), kPanel<A>);
   const Sharing sharing(p);
-  auto* const listed = f.scratch.as<std::uint8_t>();
-  A* const packed = reinterpret_cast<A*>(listed + at.listed);
+  auto* const flags = f.scratch.as<std::uint8_t>();
+  A* const packed = reinterpret_cast<A*>(flags + at.flags);
   A* const threads = packed + at.wave * at.head_size;
   const std::int64_t workers =
-      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - listed)) / (at.thread_size * sizeof(A));
-  const std::int64_t kv_heads = f.query.size[0] * f.key.size[1], columns = key_blocks(p), cell = cell_of(p);
-  mark_listed(p, listed);
+      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - flags)) / (at.thread_size * sizeof(A));
+  const std::int64_t kv_heads = f.query.size[0] * f.key.size[1], cell = cell_of(p), cells = at.keys / cell;
   // Rows of a query block go in `chunks` parts of `size` rows.
   const std::int64_t rows = p.block * sharing.heads, chunks = blocks_of(rows, kMaxRows);
   const std::int64_t size = round_up(blocks_of(rows, chunks), kStrip);
+  const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
   const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
   for (std::int64_t wave = 0; wave < kv_heads; wave += at.wave) {
-    const std::int64_t heads = std::min(at.wave, kv_heads - wave);
-    parallel_tasks(heads * columns, heads * at.head_size, workers, [&](std::int64_t task, std::int64_t) {
-      const std::int64_t head = task / columns, block = task % columns, kv_head = wave + head;
-      bool any = false;
-      for (std::int64_t i = 0; i < sharing.count; ++i) {
-        const std::int64_t query_head = kv_head % f.key.size[1] * sharing.count * sharing.heads + i;
-        any |= listed[(p.full_offsets.size[0] == 1 ? 0 : query_head) * columns + block] != 0;
-      }
-      if (!any) return;
-      const Head<T> keys = head_of<T>(p, sharing, kv_head, 0);
-      A *const to = packed + head * at.head_size, *const values = to + at.keys * at.dim;
-      for (std::int64_t key = block * p.block; key < std::min((block + 1) * p.block, keys.len_k); key += cell)
-        pack_cell(keys, key, cell, at.dim, at.dim_v, to + key * at.dim, values + key * at.columns);
-    });
-    const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
-    parallel_tasks(heads * of_head, work, workers, [&](std::int64_t task, std::int64_t worker) {
+    for (std::int64_t i = 0; i < at.wave * cells; ++i) new (flags + i) Flag(kNothing);
+    parallel_tasks(std::min(at.wave, kv_heads - wave) * of_head, work, workers, [&](std::int64_t task, std::int64_t w) {
       const std::int64_t head = task / of_head, block = task / chunks % query_blocks(p);
       const Head<T> rows_of = head_of<T>(p, sharing, wave + head, task % of_head / (query_blocks(p) * chunks));
       const std::int64_t begin = block * rows + task % chunks * size;
       const std::int64_t end = std::min({begin + size, (block + 1) * rows, rows_of.rows()});
       if (begin >= end) return;
-      Chunk<T>(p, rows_of, at, packed + head * at.head_size, threads + worker * at.thread_size)
-          .run(block, begin, end - begin);
+      const PackedHead<T> keys(rows_of, at, cell, packed + head * at.head_size,
+                               reinterpret_cast<Flag*>(flags) + head * cells);
+      Chunk<T>(p, rows_of, at, keys, threads + w * at.thread_size).run(block, begin, end - begin);
     });
   }
 }
@@ -238,7 +288,7 @@ std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std:
   const bool wide = p.attention.query.dtype == DType::f64;
   const std::int64_t bytes = wide ? 8 : 4;
   const Layout at(p, bytes, wide ? kPanel<double> : kPanel<float>);
-  return at.listed + (at.wave * at.head_size + threads * at.thread_size) * bytes;
+  return at.flags + (at.wave * at.head_size + threads * at.thread_size) * bytes;
 }
 
 void sparse_attention(const SparseAttentionParams& p) {
