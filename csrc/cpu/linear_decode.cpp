@@ -4,12 +4,11 @@
 // for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or L2); 16 bits lose almost nothing
 // (2^-16 of a block's largest).
 //
-//   streams      a thread has a contiguous range of outputs, split in R parts, and reads a row of each part side by
-//   side:
-//                    R = 4 for M = 1; 2 for M = 2 and for fp32, bf16; else 1, M sums then being enough
-//                What is loaded of x serves R rows, R sums hide each other's latency, and memory sees R sequential
-//                streams in R pages. Neighbouring rows side by side would lie in one page, where the prefetcher of the
-//                CPU follows one of them: half the bandwidth. Software asks kAhead bytes ahead, all streams together
+//   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
+//                for M = 1, 2 for M = 2 and for fp32 and bf16, else 1, M sums then being enough. What is loaded of x
+//                serves R rows, R sums hide each other's latency, and memory sees R sequential streams in R pages.
+//                Neighbouring rows side by side would lie in one page, where the prefetcher of the CPU follows one of
+//                them: half the bandwidth. Software asks kAhead bytes ahead, all streams together
 //   fp32, bf16   W in vectors along K, widened in registers, times up to kTile rows of x
 //   int8         weights widened to int16, `vpmaddwd` (`vpdpwssd` with VNNI) with x, added up over a block of 128 in
 //                int32 (128 / 16 times 2 * 127 * 32767 is below 2^31), then scaled into float sums
