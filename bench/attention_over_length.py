@@ -99,6 +99,10 @@ def crossing_text(of: Crossing) -> str:
     return f"{of.length:.0f}, the first measured" if of.first else f"about {of.length:.0f}"
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def time_table(times: Times) -> str:
     lengths = sorted(times["exact"])
     lines = [
@@ -106,7 +110,7 @@ def time_table(times: Times) -> str:
         "| --- |" + " ---: |" * (len(lengths) + 1),
     ]
     for name, by_length in times.items():
-        cells = [f"{1e3 * by_length[n]:.3g}" if n in by_length else "-" for n in lengths]
+        cells = [milliseconds(by_length[n]) if n in by_length else "-" for n in lengths]
         last = "" if name == "exact" else crossing_text(crossing(times, name))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {last} |")
     return "\n".join(lines)

@@ -8,8 +8,8 @@
 //   rows    those of one query block and the heads that share its list, cut into chunks of 258 = 43 strips at most
 //   tile    192 keys, three cells of 64 from anywhere: what the strip sees of each goes to its row of scores one after
 //           the other, and from there on nothing knows of blocks; softmax and the strips' group are attention.cpp's
-//   mask    a word of bits for each row and cell (sparse_attention.h): panels that no row of a strip sees are left out,
-//           and only where a row does not see all are scores hidden
+//   mask    a word of bits for each row and cell (sparse_attention.h): vectors that no row of a strip sees are left
+//           out, and only where a row does not see all are scores hidden
 //
 // Bytes: a chunk reads a listed cell once from L2 or L3, 256 (D + Dv) of them for 64 keys, and does 128 R (D + Dv)
 // FLOPs with its R rows: half a FLOP a byte and row, 32 for 64 rows.
