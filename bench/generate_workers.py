@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 TESTS = ("pp512", "tg32", "tg32 @ d4096", "image 448", "image 1024")
-REPEAT = 3
+REPEAT = 2
 
 
 def with_qvl(folder: Path, format: str) -> dict:

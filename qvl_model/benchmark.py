@@ -135,14 +135,12 @@ def measure(
 
 
 def _prompt(model: Qwen3VL, tokens: int, cache: str | None) -> Callable[[], float]:
-    chunk = model.plan.prefill_chunk if model.plan is not None else 1024
-
     def run(count: int = tokens) -> float:
         ids = torch.randint(model.config.text.vocab_size, (1, count), device=model.device)
         ids[(ids == model.config.image_token_id) | (ids == model.config.video_token_id)] = 0
         memory = model.new_cache(1, count, CACHES[cache] if cache else None)
         start = time.perf_counter()
-        model.lm_head(prefill(model, model.embed_inputs(ids), memory, chunk))
+        model.lm_head(prefill(model, model.embed_inputs(ids), memory, model.prefill_chunk))
         return count / (time.perf_counter() - start)
 
     run(min(tokens, 32))

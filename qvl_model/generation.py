@@ -218,7 +218,7 @@ def make_options(
         frozenset(ids),
         tuple(entry for entry in entries if isinstance(entry, str)),
         0 if processor is None else processor.pad_token_id,
-        prefill_chunk if prefill_chunk is not None else (model.plan.prefill_chunk if model.plan is not None else 1024),
+        model.prefill_chunk if prefill_chunk is None else prefill_chunk,
         progress,
         cache,
     )

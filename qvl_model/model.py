@@ -141,6 +141,11 @@ class Qwen3VL(nn.Module):
     def device(self) -> torch.device:
         return self.model.language_model.embed_tokens.weight.device
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prompt computed at a time, where nobody asks for another number."""
+        return 1024 if self.plan is None else self.plan.prefill_chunk
+
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """In training, keep only the inputs of every block and compute it again in the backward pass."""
         self.model.visual.gradient_checkpointing = enabled

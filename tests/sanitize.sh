@@ -22,4 +22,5 @@ export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc
 python -m pytest -p no:cacheprovider tests/test_attention.py tests/test_attention_gradients.py \
   tests/test_attention_varlen.py tests/test_sparse_attention.py tests/test_linear_attention.py tests/test_linear_attention_gradients.py \
   tests/test_linear_attention_varlen.py tests/test_scaled_dot_product_attention.py tests/test_rms_norm.py \
-  tests/test_linear.py tests/test_linear_gradients.py "$@"
+  tests/test_linear.py tests/test_linear_gradients.py tests/test_append_kv.py tests/test_recording.py tests/test_layer_norm.py \
+  tests/test_rotary.py tests/test_norm_rotary.py tests/test_swiglu.py tests/test_gelu_tanh.py "$@"
