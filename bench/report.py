@@ -10,14 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from bench_generate import generation_table
-from timing import Row, density_table, table
-
-
-def between(text: str, name: str, content: str) -> str:
-    """`text` with what is between the markers of this name replaced."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    return f"{before}{begin}\n{content}\n{end}{after}"
+from timing import Row, density_table, table, write_in_readme
 
 
 def section(path: str) -> str:
@@ -98,14 +91,12 @@ def plot_models(paths: list[str], to: Path) -> None:
 
 
 def main(paths: list[str]) -> None:
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    text = readme.read_text()
     if paths[0] == "--models":
         plot_models(paths[1:], Path(__file__).with_name("generation.png"))
-        readme.write_text(between(text, "models", "\n\n".join(map(models_section, paths[1:]))))
+        write_in_readme("models", "\n\n".join(map(models_section, paths[1:])))
         return
     plot(paths, "causal 16/8 x 128, fp32", Path(__file__).with_name("attention.png"))
-    readme.write_text(between(text, "bench", "\n\n".join(map(section, paths))))
+    write_in_readme("bench", "\n\n".join(map(section, paths)))
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def page(model: Qwen3VL, resident: int) -> None:
 
 
 def _come_and_go(module: nn.Module, following: nn.Module) -> None:
-    ahead, own = _tensors(following), _tensors(module)
+    ahead = _tensors(following)
 
     def before(_module: nn.Module, _arguments: Any) -> None:
         advise(ahead, _WILLNEED)
 
     def after(_module: nn.Module, _arguments: Any, _result: Any) -> None:
-        advise(own, _PAGEOUT)
+        give_back(module)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

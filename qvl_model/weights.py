@@ -333,7 +333,9 @@ def _packed_on_the_way(model: Model, stored: dict[str, StoredTensor], weights: s
 
     check_tensors(stored, model, folder)
     with torch.device("meta"):
-        packed = type(model)(model.config, attention=model.attention, vision_attention=model.vision_attention)
+        packed = type(model)(
+            model.config, attention=model.attention, vision_attention=model.vision_attention, fusion=model.fusion
+        )
     expect_packed(packed, weights, joined=True, stored=stored_dtype(stored))
     for _, make in packed_tensors(model, packed, stored, weights):
         for name, tensor in make().items():
