@@ -75,8 +75,9 @@ void packed_weight(PackedLinearParams& p, const TensorView& weight, const Option
 
 std::int64_t packed_linear(const TensorView& x, const TensorView& weight, const Optional& scale,
                            const Optional& minimum, const Optional& bias, const Optional& residual, const TensorView& y,
-                           const TensorView& scratch, int activation) {
+                           const TensorView& scratch, int activation, bool rounded) {
   PackedLinearParams p{};
+  p.rounded = rounded;
   require(activation >= 0 && activation <= 2, "packed_linear: activation");
   p.activation = static_cast<Activation>(activation);
   require(x.device < 0 && x.ndim > 0 && is_float(x.dtype) && x.dtype != DType::f64, "packed_linear: x");

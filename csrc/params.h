@@ -68,6 +68,7 @@ enum class Activation : int { none, gelu_tanh, swiglu };
 struct PackedLinearParams {
   TensorView x, weight, scale, minimum, bias, residual, y, scratch;
   Activation activation;
+  bool rounded;  // x may be rounded to the width of the weights
 };
 
 // Attention over listed blocks of `block` queries and keys. offsets (H or 1, blocks of queries + 1) int32 say where the

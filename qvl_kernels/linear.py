@@ -15,6 +15,7 @@ from ._tensors import Scratch, unit_stride
 from .reference import linear as reference
 
 ACTIVATIONS = (None, "gelu_tanh", "swiglu")
+PRECISIONS = ("highest", "medium")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def _check_format(op: str, format: str) -> None:
 
 
 def packed_linear(
-    x: Tensor, packed: PackedWeight, *, activation: str | None = None, residual: Tensor | None = None
+    x: Tensor,
+    packed: PackedWeight,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """y = f(x W^T + b) + residual. Gradients flow to x and residual; the packed weight is a constant.
 
@@ -105,12 +111,16 @@ def packed_linear(
         activation: None, f(z) = z; "gelu_tanh", as the function of that name; "swiglu", f([gate, up]) = gate
             sigmoid(gate) up, where W holds the rows of gate and then those of up.
         residual: y's shape in x's dtype, or None.
+        precision: as of `torch.set_float32_matmul_precision`. "medium" lets x be rounded to the width of the weights
+            where the CPU then multiplies faster, with more than 16 rows: to bfloat16 with "bf16" weights (AMD with
+            AVX512_BF16), to 8 bits, a scale for each 128, with "int8" and "int4" (AVX512_VNNI). Elsewhere it is
+            "highest".
 
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and
         rounded once. With "int8" and "int4" weights the kernels round x to 16-bit integers, a scale for each 128 of
         them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 rows both factors are rounded, x
-        to 1/16382 and W to 1/4094 of the largest of the 128.
+        to 1/16382 and W to 1/4094 of the largest of the 128; with "medium" where it acts, x and with "int4" W to 1/254.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.
@@ -120,9 +130,8 @@ def packed_linear(
     >>> packed_linear(torch.randn(2, 4), pack_linear(torch.randn(6, 4), format="bf16"), activation="swiglu").shape
     torch.Size([2, 3])
     """
-    return _product(
-        x, packed.weight, packed.scale, packed.minimum, packed.bias, packed.in_features, activation, residual
-    )
+    operands = packed.weight, packed.scale, packed.minimum, packed.bias
+    return _product(x, *operands, packed.in_features, activation, residual, precision)
 
 
 def _product(
@@ -134,21 +143,26 @@ def _product(
     in_features: int,
     activation: str | None,
     residual: Tensor | None,
+    precision: str,
 ) -> Tensor:
-    """`packed_linear` on the tensors themselves, which torch.compile looks through; hence eight parameters."""
+    """`packed_linear` on the tensors themselves, which torch.compile looks through; hence nine parameters."""
     operands = weight, scale, minimum, bias
     if (quick := _packed_linear.quick()) is not None and _library.is_plain(x, residual, weight):
         try:
-            return quick.run_unchecked(x, *operands, in_features, activation, residual)
+            return quick.run_unchecked(x, *operands, in_features, activation, residual, precision)
         except (TypeError, ValueError):
             pass
     _check(x, weight, in_features, activation, residual)
+    if precision not in PRECISIONS:
+        raise ValueError(f"packed_linear: precision must be 'highest' or 'medium', got {precision!r}")
     if not _library.needs_dispatcher(x, residual, weight):
-        return _packed_linear.choose(x, weight).forward(x, *operands, activation, residual)
+        return _packed_linear.choose(x, weight).forward(x, *operands, activation, residual, precision)
     extra = activation is not None or residual is not None
     if extra and torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
-        return reference.epilogue(torch.ops.qvl.packed_linear(x, *operands, None, None), activation, residual)
-    return torch.ops.qvl.packed_linear(x, *operands, activation, residual)
+        return reference.epilogue(
+            torch.ops.qvl.packed_linear(x, *operands, None, None, precision), activation, residual
+        )
+    return torch.ops.qvl.packed_linear(x, *operands, activation, residual, precision)
 
 
 def _check(x: Tensor, weight: Tensor, in_features: int, activation: str | None, residual: Tensor | None) -> None:
@@ -175,7 +189,7 @@ class PackedLinear(nn.Module):
 
     The tensors of the packed weight are buffers, so that `state_dict`, `to(device)` and saving see them, and no
     optimiser does. `PackedLinear.empty(..., device="meta")` and `load_state_dict(state, assign=True)` build a layer on
-    tensors that a file maps, with nothing copied.
+    tensors that a file maps, with nothing copied. `precision` is that of `packed_linear`, and may be set at any time.
 
     >>> PackedLinear.from_linear(nn.Linear(4, 3), format="bf16")(torch.randn(2, 4)).shape
     torch.Size([2, 3])
@@ -186,9 +200,10 @@ class PackedLinear(nn.Module):
     scale: Tensor | None
     minimum: Tensor | None
 
-    def __init__(self, packed: PackedWeight) -> None:
+    def __init__(self, packed: PackedWeight, *, precision: str = "highest") -> None:
         super().__init__()
         self.format = packed.format
+        self.precision = precision
         self.in_features = packed.in_features
         self.out_features = packed.out_features
         self.register_buffer("weight", packed.weight)
@@ -197,9 +212,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("minimum", packed.minimum)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, format: str) -> PackedLinear:
+    def from_linear(cls, linear: nn.Linear, *, format: str, precision: str = "highest") -> PackedLinear:
         """Packs the weights of an existing layer; errors as in `pack_linear`."""
-        return cls(pack_linear(linear.weight, linear.bias, format=format))
+        return cls(pack_linear(linear.weight, linear.bias, format=format), precision=precision)
 
     @classmethod
     def empty(
@@ -222,7 +237,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         buffers: dict[str, Any] = self._buffers  # four times as fast as the module's attributes
         operands = buffers["weight"], buffers["scale"], buffers["minimum"], buffers["bias"]
-        return _product(x, *operands, self.in_features, activation, residual)
+        return _product(x, *operands, self.in_features, activation, residual, self.precision)
 
     def extra_repr(self) -> str:
         has_bias = self.bias is not None
@@ -244,6 +259,7 @@ class _Reference:
         bias: Tensor | None,
         activation: str | None,
         residual: Tensor | None,
+        precision: str,
     ) -> Tensor:
         dense = weight if scale is None else reference.dequantize(weight, scale, minimum, x.shape[-1])
         return reference.forward(x, dense, bias, activation, residual)
@@ -277,10 +293,12 @@ class _Native:
         bias: Tensor | None,
         activation: str | None,
         residual: Tensor | None,
+        precision: str,
     ) -> Tensor:
         rows = _matrix(x)
         added = None if residual is None else residual.reshape(rows.shape[0], residual.shape[-1]).contiguous()
-        y = self.run_unchecked(rows, weight.contiguous(), scale, minimum, bias, rows.shape[1], activation, added)
+        operands = weight.contiguous(), scale, minimum, bias
+        y = self.run_unchecked(rows, *operands, rows.shape[1], activation, added, precision)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def run_unchecked(
@@ -293,12 +311,13 @@ class _Native:
         in_features: int,
         activation: str | None,
         residual: Tensor | None,
+        precision: str,
     ) -> Tensor:
         *lead, width = x.shape
         y = x.new_empty((*lead, _outputs(weight, activation)))
         if width != in_features or (residual is not None and residual.shape != y.shape):
             raise ValueError
-        last = (ACTIVATIONS.index(activation),)
+        last = ACTIVATIONS.index(activation), PRECISIONS.index(precision)
         self._call("packed_linear", x, weight, scale, minimum, bias, residual, y, last=last)
         return y
 
@@ -339,6 +358,7 @@ def _fake(
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
+    precision: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _outputs(weight, activation)))
 
@@ -362,12 +382,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.fused:
         raise RuntimeError("qvl::packed_linear: activation and residual have no gradient here; use packed_linear")
-    return torch.ops.qvl.packed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features), *(None,) * 6
+    return torch.ops.qvl.packed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features), *(None,) * 7
 
 
 _library.define(
     "packed_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum, Tensor? bias, str? activation,"
-    " Tensor? residual) -> Tensor",
+    " Tensor? residual, str precision) -> Tensor",
     _run,
     _fake,
 )

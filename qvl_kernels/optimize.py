@@ -53,7 +53,7 @@ class FusedRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def optimize(model: Model, *, weights: str | None = None, attention: bool = True) -> Model:
+def optimize(model: Model, *, weights: str | None = None, attention: bool = True, precision: str = "highest") -> Model:
     """The model itself, changed in place: its `nn.Linear` packed, its RMSNorms and its attention on these kernels.
 
     Names and order of the modules stay; so does what the model computes, up to rounding and, with "int8" and "int4",
@@ -65,6 +65,7 @@ def optimize(model: Model, *, weights: str | None = None, attention: bool = True
             float32 ones. A layer on another device than the CPU is left.
         attention: whether `F.scaled_dot_product_attention` inside the model's forward runs ours; models of transformers
             switch to `attn_implementation="qvl"`.
+        precision: of `packed_linear`: "medium" lets activations be rounded where the CPU then multiplies faster.
 
     Returns:
         model.
@@ -82,7 +83,7 @@ def optimize(model: Model, *, weights: str | None = None, attention: bool = True
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             full = f"{path}.{name}".lstrip(".")
-            made = _packed(child, module, weights) if isinstance(child, nn.Linear) else _norm(child)
+            made = _packed(child, module, weights, precision) if isinstance(child, nn.Linear) else _norm(child)
             if isinstance(made, nn.Module):
                 setattr(module, name, made)
                 report.changed[full] = made.__class__.__name__ + (
@@ -96,7 +97,7 @@ def optimize(model: Model, *, weights: str | None = None, attention: bool = True
     return model
 
 
-def _packed(linear: nn.Linear, parent: nn.Module, weights: str | None) -> nn.Module | str:
+def _packed(linear: nn.Linear, parent: nn.Module, weights: str | None, precision: str) -> nn.Module | str:
     """The packed layer, or why there is none."""
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} is more than a linear layer"
@@ -109,7 +110,7 @@ def _packed(linear: nn.Linear, parent: nn.Module, weights: str | None) -> nn.Mod
     format = weights or ("bf16" if linear.weight.dtype == torch.bfloat16 else None)
     if format is None:
         return f"{linear.weight.dtype} weights stay unless `weights` names a format"
-    return PackedLinear.from_linear(linear, format=format)
+    return PackedLinear.from_linear(linear, format=format, precision=precision)
 
 
 def _hooked(module: nn.Module) -> bool:

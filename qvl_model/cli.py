@@ -25,6 +25,7 @@ from .options import (
     MinPOption,
     ModelOption,
     PenaltyOption,
+    PrecisionOption,
     SeedOption,
     TemperatureOption,
     ThreadsOption,
@@ -118,6 +119,7 @@ class Choice:
     threads: int | None
     attention: list[str] | None
     max_memory: str | None = None
+    precision: str = "medium"
 
     def load(self, with_processor: bool = True) -> Qwen3VL:
         import torch
@@ -133,7 +135,7 @@ class Choice:
             weights = "fp32"
         attention = self.attention[0] if self.attention and len(self.attention) == 1 else self.attention
         source = self.model or SHIPPED_MODEL
-        where = {"device": self.device, "max_memory": self.max_memory}
+        where = {"device": self.device, "max_memory": self.max_memory, "precision": self.precision}
         model = Qwen3VL.from_pretrained(source, weights=weights, attention=attention, **where)
         if with_processor:
             processor_of(model)
@@ -275,6 +277,7 @@ def evaluate(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_new_tokens: TokensOption = 32,
+    precision: PrecisionOption = "medium",
 ) -> None:
     """Accuracy on image questions, per category and overall.
 
@@ -293,7 +296,7 @@ def evaluate(
     if json_file is not None:
         check_writable(json_file)
     questions = read_tsv(tsv or SHIPPED_MODEL / BENCHMARK_NAME, limit)
-    loaded = Choice(model, weights, device, threads, attention).load()
+    loaded = Choice(model, weights, device, threads, attention, precision=precision).load()
     answer = answer_questions(loaded, max_new_tokens=max_new_tokens)
     report = run_benchmark(answer, questions, batch_size=batch_size)
     typer.echo(report.table())
@@ -361,6 +364,7 @@ def bench(
     max_memory: MemoryOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    precision: PrecisionOption = "medium",
 ) -> None:
     """Speed of prompts, generation and pictures on this machine, time to load, and peak memory beside the predicted
     one.
@@ -373,7 +377,7 @@ def bench(
     check_tests(test or TESTS)
     if json_file is not None:
         check_writable(json_file)
-    choice = Choice(model, weights, device, threads, attention, max_memory)
+    choice = Choice(model, weights, device, threads, attention, max_memory, precision)
 
     def told(name: str) -> None:
         typer.echo(f"{name} ...", err=True)

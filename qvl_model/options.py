@@ -22,6 +22,13 @@ WeightsOption = Annotated[
         "would not fit; fp32 for the small model that ships)."
     ),
 ]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="medium rounds activations of prompts and pictures to the width of the weights where this CPU then "
+        "multiplies faster; highest does not."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 AttentionOption = Annotated[
     list[str] | None,

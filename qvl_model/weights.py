@@ -259,6 +259,7 @@ def load_pretrained(
     fusion: str = "deepstack",
     device: str | torch.device = "auto",
     max_memory: int | str | None = None,
+    precision: str = "medium",
 ) -> Model:
     """The model of a checkpoint in the released format (config.json and safetensors), in eval mode.
 
@@ -272,6 +273,8 @@ def load_pretrained(
             a picture of 1024 x 1024 need to be computed (`qvl_model.planning`); by default what the device has free.
             Where that is little, the cache becomes int8 and chunks smaller, then the weights; a packed checkpoint
             that is larger still keeps a part of its weights on the disk (`qvl_model.paging`).
+        precision: of products with packed matrices, `qvl_kernels.packed_linear`: "medium", or "highest" for activations
+            that are not rounded in prompts and pictures either.
 
     The model is complete or there is none; `model.plan` says what was chosen. Parameters whose dtype is the stored one
     are mapped, not copied.
@@ -281,11 +284,13 @@ def load_pretrained(
         CheckpointError, ConfigError: the message names the file and the tensor or field.
         MemoryError: no plan fits into `max_memory`; the message names a format that would.
     """
-    from .packing import pack_model
+    from .packing import pack_model, set_precision
     from .paging import page
     from .processor import PROCESSOR_FILES, find_folder  # with it come tokenizers, jinja2 and pillow
 
     check_format(weights)
+    if precision not in ("highest", "medium"):
+        raise ValueError(f"precision must be 'highest' or 'medium', got {precision!r}")
     folder = find_folder(os.fspath(path_or_repo), (*PROCESSOR_FILES, "*.safetensors", INDEX_NAME))
     config = Qwen3VLConfig.from_json(folder / CONFIG_NAME)
     stored = list_tensors(folder)
@@ -306,6 +311,7 @@ def load_pretrained(
         model.tie_weights()
         if quantised:
             pack_model(model, plan.weights)
+    set_precision(model, precision)
     model.model.visual.rows = plan.image_rows
     model.plan = plan
     if plan.resident is not None:

@@ -61,18 +61,18 @@ def test_registration(format):
     packed = pack_linear(torch.randn(6, 40), torch.randn(6), format=format)
     x = torch.randn(2, 3, 40, requires_grad=True)
     operands = packed.weight, packed.scale, packed.minimum
-    torch.library.opcheck(torch.ops.qvl.packed_linear.default, (x, *operands, packed.bias, None, None))
+    torch.library.opcheck(torch.ops.qvl.packed_linear.default, (x, *operands, packed.bias, None, None, "medium"))
     grad = torch.randn(2, 3, 6)
     torch.library.opcheck(torch.ops.qvl.packed_linear_backward.default, (grad, *operands, 40))
     residual = torch.randn(2, 3, 3)
-    fused = x.detach(), *operands, packed.bias, "swiglu", residual
+    fused = x.detach(), *operands, packed.bias, "swiglu", residual, "highest"
     torch.library.opcheck(torch.ops.qvl.packed_linear.default, fused)
 
 
 def test_the_fused_operation_has_no_gradient_of_its_own():
     packed = pack_linear(torch.randn(6, 4), format="fp32")
     x = torch.randn(2, 4, requires_grad=True)
-    y = torch.ops.qvl.packed_linear(x, packed.weight, None, None, None, "gelu_tanh", None)
+    y = torch.ops.qvl.packed_linear(x, packed.weight, None, None, None, "gelu_tanh", None, "highest")
     with pytest.raises(RuntimeError, match="use packed_linear"):
         y.sum().backward()
 

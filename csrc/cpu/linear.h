@@ -6,7 +6,8 @@
 
 namespace qvl::cpu {
 
-constexpr int kBlock = 128;  // along K: the group of int8, four groups of int4, and what shares a scale of x
+constexpr int kBlock = 128;             // along K: the group of int8, four groups of int4, and what shares a scale of x
+constexpr std::int64_t kOutputs = 128;  // of a task of linear.cpp: the distance between its rows of sums
 
 inline bool is_quantized(const PackedLinearParams& p) { return p.scale.data != nullptr; }
 

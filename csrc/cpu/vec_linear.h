@@ -49,6 +49,17 @@ inline IntVec repeat_pair(const float* p) {
 }
 // Whether the CPU has VNNI is asked at run time; the module is compiled without.
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+// Whether a product of bfloat16 pairs takes no longer than an FMA of as many floats.
+inline bool has_fast_bf16() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
+// acc + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] of bfloat16 pairs; numbers below 2^-126 count as zero.
+[[gnu::always_inline]] inline Vec<float> add_dot_halves(Vec<float> acc, IntVec a, IntVec b) {
+  __m512 sum = acc.v;
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+  return sum;
+}
+inline void store_words(float* p, IntVec a) { _mm512_storeu_si512(p, a.v); }
+inline IntVec repeat_byte(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
+inline IntVec negative(IntVec a) { return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)}; }
 template <bool kVnni>
 [[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
   if constexpr (kVnni) {
