@@ -111,16 +111,16 @@ def packed_linear(
         activation: None, f(z) = z; "gelu_tanh", as the function of that name; "swiglu", f([gate, up]) = gate
             sigmoid(gate) up, where W holds the rows of gate and then those of up.
         residual: y's shape in x's dtype, or None.
-        precision: as of `torch.set_float32_matmul_precision`. "medium" lets x be rounded to the width of the weights
-            where the CPU then multiplies faster, with more than 16 rows: to bfloat16 with "bf16" weights (AMD with
-            AVX512_BF16), to 8 bits, a scale for each 128, with "int8" and "int4" (AVX512_VNNI). Elsewhere it is
-            "highest".
+        precision: as of `torch.set_float32_matmul_precision`. "medium" lets x be rounded where the CPU then multiplies
+            faster, with more than 16 rows: to bfloat16 with "bf16" weights (AMD with AVX512_BF16), to 8 bits, a scale
+            for each 128, with "int8" (AVX512_VNNI) and "int4" weights. Elsewhere it is "highest".
 
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and
         rounded once. With "int8" and "int4" weights the kernels round x to 16-bit integers, a scale for each 128 of
         them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 rows both factors are rounded, x
-        to 1/16382 and W to 1/4094 of the largest of the 128; with "medium" where it acts, x and with "int4" W to 1/254.
+        to 1/16382 and W to 1/4094 of the largest of the 128; with "medium", where it acts, x to
+        1/254 and W not at all.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.

@@ -7,8 +7,7 @@ product is then at most, with dx and dw half the steps (`rounding_of_factors`):
     sum_k |W[n, k]| dx + |x[m, k]| dw      dx = max|x| / 65534, dw = 0           "int8", and "int4" for few rows
                                            dx = max|x| / 16382, dw = max|W| / 4094    "int4" for many rows
 
-With precision="medium" and many rows: dx = |x| / 256 with "bf16", dx = max|x| / 254 with "int8", and with "int4" also
-dw = max|W| / 254.
+With precision="medium" and many rows: dx = |x| / 256 with "bf16", dx = max|x| / 254 and dw = 0 with "int8" and "int4".
 """
 
 import pytest
@@ -52,7 +51,7 @@ def rounding_of_factors(x, weight, format, precision):
         return torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
     x_step, w_step = (1 / 16382, 1 / 4094) if format == "int4" and x.shape[0] > FEW_ROWS else (1 / 65534, 0.0)
     if medium:
-        x_step, w_step = 1 / 254, (1 / 254 if format == "int4" else 0.0)
+        x_step, w_step = 1 / 254, 0.0
     dx, dw = group_maximum(x) * x_step, group_maximum(weight) * w_step
     return dx @ weight.abs().T + (x.abs() + dx) @ dw.T
 
@@ -133,7 +132,7 @@ def test_medium_is_highest_where_nothing_is_gained(backend):
         with on(backend):
             assert torch.equal(packed_linear(x, packed, precision="medium"), packed_linear(x, packed))
     if backend in ("reference", "cpu_avx2"):
-        for format in FORMATS:
+        for format in ("fp32", "bf16", "int8"):
             x, packed = torch.randn(40, 200), pack_linear(torch.randn(30, 200), format=format)
             with on(backend):
                 assert torch.equal(packed_linear(x, packed, precision="medium"), packed_linear(x, packed))

@@ -1,13 +1,13 @@
 // y = x W^T for many rows of x, and the gradient y = x W: register tiles, weights converted in the tile.
 //
 // Regime: prompts, images, training; 2 M N K FLOPs. The weights lie row-major in their format; a panel of them (2 or 4
-// vectors of outputs) is brought into the tile's order once for kBlockStrips strips, 2 % of the product. What strips and
-// panels hold is the business of the kinds of product (linear_products.h, linear_rounded.h):
+// vectors of outputs) is brought into the tile's order once for kBlockStrips strips, 2 % of the product. What strips
+// and panels hold is the business of the kinds of product (linear_products.h, linear_rounded.h):
 //
 //   strips   6 rows of x, [depth][6], made once for all outputs
 //   panel    its vectors of outputs times kDepth of K, in L1 (16 to 32 KiB) while all strips of the block pass it
-//   tile     6 rows x the panel's vectors of sums in registers: floats over kDepth, or integers over 128, which are then
-//            scaled and added to float sums
+//   tile     6 rows x the panel's vectors of sums in registers: floats over kDepth, or integers over 128, which are
+//            then scaled and added to float sums
 //   task     kOutputs outputs: their sums (kBlockStrips * 6 * 512 bytes) stay in L2 over all of K, then bias,
 //            activation and residual are applied and y is written once
 
@@ -84,6 +84,11 @@ void run(const PackedLinearParams& p, std::int64_t depth, std::int64_t threads) 
 template <class F>
 void with_product(const PackedLinearParams& p, const F& f) {
   const std::int64_t k = p.x.size[1];
+  if (p.rounded && p.weight.dtype == DType::u8) {
+    if constexpr (IntVec::N == 16)
+      if (has_vnni()) return f(Fours<true>{}, round_up(k, kBlock));
+    return f(Fours<false>{}, round_up(k, kBlock));
+  }
 #if defined(__AVX512F__)
   const bool halves = p.weight.dtype == DType::bf16 && (p.rounded || p.x.dtype == DType::bf16);
   if (halves && has_fast_bf16()) return f(Halves{}, k);

@@ -1,11 +1,12 @@
 // The kinds of product that linear.cpp tiles: what a strip of x and a panel of W hold, and how they are multiplied.
 //
-//   Floats     float32 and bfloat16 weights, floats in both; and the gradient, whatever the format, from decoded rows of
+//   Floats     float32 and bfloat16 weights, floats in both; and the gradient, whatever the format, from decoded rows
+//   of
 //              W in panels of columns
 //   Integers   int8 and int4 weights and x as pairs of int16, x with a step for each 128. For int8 |w| <= 127, |x| <=
-//              32767. int4 weights are rounded again, to 11 bits with a scale for 128 of a row, |w| <= 2047, |x| <= 8191:
-//              the product then costs what int8 costs, and has lost 1 / 4094 of the largest weight, a hundredth of what
-//              int4 has lost. A sum of 128 products stays below 2^31
+//              32767. int4 weights are rounded again, to 11 bits with a scale for 128 of a row, |w| <= 2047, |x| <=
+//              8191: the product then costs what int8 costs, and has lost 1 / 4094 of the largest weight, a hundredth
+//              of what int4 has lost. A sum of 128 products stays below 2^31
 //
 // linear_rounded.h has those that round x to the width of the weights.
 //

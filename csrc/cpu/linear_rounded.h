@@ -1,23 +1,138 @@
-// Products of linear.cpp with x rounded to the width of the weights, for CPUs whose instructions for narrow numbers do
-// more of them. AVX-512 only; the caller asks for them (`PackedLinearParams::rounded`).
+// Products of linear.cpp with x rounded to the width of the weights, where instructions for narrow numbers do more of
+// them. The caller asks for it (`PackedLinearParams::rounded`).
 //
 //   Halves   bfloat16 weights as they are, x rounded to bfloat16: `vdpbf16ps`, 32 products an instruction, twice what
 //            an FMA does where both take the same time (AMD; on Intel it takes twice as long and nothing is gained).
 //            x in bfloat16 loses nothing
 //   Bytes    int8 weights as they are, x as 8 bits with a step for each 128: `vpdpbusd`, 64 products an instruction.
-//            int4 weights are rounded again, to 8 bits with a scale for 128 of a row: 1 / 254 of the largest, a tenth
-//            of what int4 has lost. One factor has to be unsigned: x + 128, and the sums start at -128 times the sum
-//            of the panel's weights
+//            One factor has to be unsigned: x + 128, and the sums start at -128 times the sum of the panel's weights
+//   Fours    int4 weights as they are, as unsigned bytes, x as in Bytes: `vpdpbusd`, or on every AVX2 `vpmaddubsw`: two
+//            products of 15 and 127 can be added eight times in 16 bits before `vpmaddwd` widens them, and that is a
+//            group of 32 weights, whose scale follows. 18 instructions for 256 products, against 32 of `Integers`. The
+//            groups' minima meet the groups' sums of x in floats, 1 / 32 of the product
 //
-// Registers: the instructions take 5 to 6 cycles, two a cycle, so 6 rows x 4 vectors of sums, 24 of 32 registers; 4
-// loads and 6 broadcasts feed 24 of them. The panel is as wide: 64 outputs, 32 KiB.
+// Registers of the first two: the instructions take 5 to 6 cycles, two a cycle, so 6 rows x 4 vectors of sums, 24 of 32
+// registers; 4 loads and 6 broadcasts feed 24 of them. The panel is as wide: 64 outputs, 32 KiB. Fours has a panel of 2
+// vectors on both ISAs.
 #pragma once
+
+#include <numeric>
 
 #include "linear.h"
 
-#if defined(__AVX512F__)
-
 namespace qvl::cpu {
+
+// `count` words (of a row that has kWords) of eight rows, transposed to place j of a panel or a strip; `to` has room
+// for eight in a word.
+template <int kWords>
+void transpose_words(const float (*rows)[kWords], std::int64_t count, float* to, std::int64_t stride) {
+  for (std::int64_t i = 0; i < count; i += 8) {
+    const float* from[8];
+    for (int j = 0; j < 8; ++j) from[j] = rows[j] + i;
+    transpose8x8(from, to + i * stride, stride);
+  }
+}
+
+// Products of unsigned 4-bit numbers with bytes. A float stands for four of them.
+template <bool kVnni>
+struct Fours {
+  static constexpr std::int64_t kDepth = 512;
+  static constexpr int kWidth = kPanel<float>;
+  static constexpr int kGroup = 32, kGroupWords = kGroup / 4, kGroups = kBlock / kGroup;
+  static constexpr std::int64_t kWords = kDepth / 4 * kWidth;  // where the scales start, then the minima
+  static constexpr std::int64_t kPanelFloats = kWords + 2 * kDepth / kGroup * kWidth;
+  static constexpr float kMost = 127.0f;
+  static std::int64_t strip_floats(std::int64_t depth) { return sums_at(depth) + depth / kGroup * kStrip; }
+  static std::int64_t steps_at(std::int64_t depth) { return depth / 4 * kStrip + kStripSlack; }
+  static std::int64_t sums_at(std::int64_t depth) { return steps_at(depth) + depth / kBlock * kStrip; }
+
+  template <class T>
+  static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
+    float words[8][kBlock / 4] = {}, wide[kBlock];
+    std::int16_t integers[kBlock];
+    for (std::int64_t k = 0; k < depth; k += kBlock) {
+      for (int r = 0; r < kStrip; ++r) {
+        const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
+        widen(p.x.as<T>() + row * p.x.stride[0] + k, std::min<std::int64_t>(kBlock, p.x.size[1] - k), kBlock, wide);
+        const float step = quantize_block(wide, kMost, integers);
+        strip[steps_at(depth) + k / kBlock * kStrip + r] = step;
+        std::int8_t* const to = reinterpret_cast<std::int8_t*>(words[r]);
+        for (int i = 0; i < kBlock; ++i) to[i] = static_cast<std::int8_t>(integers[i]);
+        for (int g = 0; g < kGroups; ++g) {
+          const int sum = std::accumulate(integers + g * kGroup, integers + (g + 1) * kGroup, 0);
+          strip[sums_at(depth) + (k / kGroup + g) * kStrip + r] = step * static_cast<float>(sum);
+        }
+      }
+      transpose_words(words, kBlock / 4, strip + k / 4 * kStrip, kStrip);
+    }
+  }
+  static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
+                         std::int64_t depth, float* panel) {
+    float words[8][2 * kGroupWords] = {};
+    for (std::int64_t b = 0; b < depth; b += 2 * kGroup)
+      for (int j = 0; j < kWidth; j += 8) {
+        float* const scales = panel + kWords + b / kGroup * kWidth + j;
+        float* const minima = scales + kDepth / kGroup * kWidth;
+        for (int i = 0; i < 8; ++i) {
+          const std::int64_t n = first + std::min<std::int64_t>(j + i, outputs - 1);
+          split_nibbles(p.weight.as<std::uint8_t>() + n * p.weight.size[1] + (k + b) / 2, words[i]);
+          for (int g = 0; g < 2; ++g) {
+            const std::int64_t group = n * p.scale.size[1] + (k + b) / kGroup + g;
+            scales[g * kWidth + i] = bf16_at(p.scale, group), minima[g * kWidth + i] = bf16_at(p.minimum, group);
+          }
+        }
+        transpose_words(words, 2 * kGroupWords, panel + b / 4 * kWidth + j, kWidth);
+      }
+  }
+  static void add(const float* strip, std::int64_t whole, const float* panel, std::int64_t k, std::int64_t depth,
+                  float* sums) {
+    for (std::int64_t b = 0; b < depth; b += kBlock)
+      add_block(strip + (k + b) / 4 * kStrip, strip + steps_at(whole) + (k + b) / kBlock * kStrip,
+                panel + b / 4 * kWidth, panel + kWords + b / kGroup * kWidth, sums);
+    Tile<float> acc;
+    load_tile(sums, kOutputs, acc);
+    multiply_add<1, kStrip>(strip + sums_at(whole) + k / kGroup * kStrip, panel + kWords + kDepth / kGroup * kWidth,
+                            depth / kGroup, acc);
+    store_tile(sums, kOutputs, acc);
+  }
+  [[gnu::noinline]] static void add_block(const float* strip, const float* steps, const float* panel,
+                                          const float* scales, float* sums) {
+    using V = Vec<float>;
+    float part[kStrip * kWidth];
+    for (int g = 0; g < kGroups; ++g, scales += kWidth) {
+      IntVec acc[kStrip][2];
+#pragma GCC unroll 6
+      for (int r = 0; r < kStrip; ++r) acc[r][0] = acc[r][1] = IntVec::zero();
+#pragma GCC unroll 2
+      for (int i = 0; i < kGroupWords; ++i, strip += kStrip, panel += kWidth) {
+        const IntVec w0 = load_pairs(panel), w1 = load_pairs(panel + V::N);
+#pragma GCC unroll 6
+        for (int r = 0; r < kStrip; ++r) {
+          const IntVec x = repeat_pair(strip + r);
+          acc[r][0] = kVnni ? add_dot_bytes<true>(acc[r][0], w0, x) : add_dot_nibbles(acc[r][0], w0, x);
+          acc[r][1] = kVnni ? add_dot_bytes<true>(acc[r][1], w1, x) : add_dot_nibbles(acc[r][1], w1, x);
+        }
+      }
+      const V s0 = load(scales), s1 = load(scales + V::N);
+#pragma GCC unroll 6
+      for (int r = 0; r < kStrip; ++r) {
+        float* const to = part + r * kWidth;
+        const V a = to_float(kVnni ? acc[r][0] : sum_pairs(acc[r][0])) * s0,
+                b = to_float(kVnni ? acc[r][1] : sum_pairs(acc[r][1])) * s1;
+        store(to, g == 0 ? a : a + load(to));
+        store(to + V::N, g == 0 ? b : b + load(to + V::N));
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r, sums += kOutputs) {
+      const V step(steps[r]);
+      store(sums, fma(load(part + r * kWidth), step, load(sums)));
+      store(sums + V::N, fma(load(part + r * kWidth + V::N), step, load(sums + V::N)));
+    }
+  }
+};
+
+#if defined(__AVX512F__)
 
 constexpr int kWideVectors = 4;
 constexpr int kWideWidth = kWideVectors * IntVec::N;
@@ -35,15 +150,6 @@ template <class Acc, class Step>
 #pragma GCC unroll 4
       for (int v = 0; v < kWideVectors; ++v) acc[r][v] = step(acc[r][v], w[v], x);
     }
-  }
-}
-
-// `count` words of eight rows, transposed to place j of a panel or a strip; `to` has room for eight a word.
-inline void transpose_words(const float (*rows)[128], std::int64_t count, float* to, std::int64_t stride) {
-  for (std::int64_t i = 0; i < count; i += 8) {
-    const float* from[8];
-    for (int j = 0; j < 8; ++j) from[j] = rows[j] + i;
-    transpose8x8(from, to + i * stride, stride);
   }
 }
 
@@ -119,7 +225,7 @@ struct Bytes {
 
   template <class T>
   static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
-    float words[8][kBlock] = {}, wide[kBlock];
+    float words[8][kWords] = {}, wide[kBlock];
     std::int16_t integers[kBlock];
     for (std::int64_t k = 0; k < depth; k += kBlock) {
       for (int r = 0; r < kStrip; ++r) {
@@ -133,33 +239,17 @@ struct Bytes {
       transpose_words(words, kWords, strip + k / 4 * kStrip, kStrip);
     }
   }
-  // 128 weights of one row; returns their scale.
-  static float fill_row(const PackedLinearParams& p, std::int64_t n, std::int64_t k, float* words) {
-    std::int8_t* const to = reinterpret_cast<std::int8_t*>(words);
-    if (p.weight.dtype == DType::i8) {
-      std::copy_n(p.weight.as<std::int8_t>() + n * p.weight.size[1] + k, kBlock, to);
-      return bf16_at(p.scale, n * p.scale.size[1] + k / kBlock);
-    }
-    float wide[kBlock];
-    std::int16_t integers[kBlock];
-    decode(p, n, k, kBlock, kBlock, wide);
-    const float scale = quantize_block(wide, kMost, integers);
-    for (int i = 0; i < kBlock; ++i) to[i] = static_cast<std::int8_t>(integers[i]);
-    return scale;
-  }
   static float* scales_of(float* panel, std::int64_t block) { return panel + (kDepth / 4 + 2 * block) * kWidth; }
   static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
                          std::int64_t depth, float* panel) {
-    float words[8][kBlock];
+    float words[8][kWords];
     for (std::int64_t b = 0; b < depth; b += kBlock) {
       float *const to = panel + b / 4 * kWidth, *const scales = scales_of(panel, b / kBlock);
       for (int j = 0; j < kWidth; j += 8) {
         for (int i = 0; i < 8; ++i) {
-          scales[j + i] = 0.0f;
-          if (j + i < outputs)
-            scales[j + i] = fill_row(p, first + j + i, k + b, words[i]);
-          else
-            std::fill_n(words[i], kWords, 0.0f);
+          const std::int64_t n = first + std::min<std::int64_t>(j + i, outputs - 1);
+          std::memcpy(words[i], p.weight.as<std::int8_t>() + n * p.weight.size[1] + k + b, kBlock);
+          scales[j + i] = bf16_at(p.scale, n * p.scale.size[1] + (k + b) / kBlock);
         }
         transpose_words(words, kWords, to + j, kWidth);
       }
@@ -201,6 +291,6 @@ struct Bytes {
   }
 };
 
-}  // namespace qvl::cpu
-
 #endif
+
+}  // namespace qvl::cpu

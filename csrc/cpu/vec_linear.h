@@ -165,6 +165,33 @@ template <bool kVnni>
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
 #endif
 }
+// 64 int4 weights, 32 bytes, one a byte: first the low halves, then the high ones.
+inline void split_nibbles(const std::uint8_t* p, float* to) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), low = _mm256_set1_epi8(15);
+  __m256i* const halves = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(halves, _mm256_and_si256(x, low));
+  _mm256_storeu_si256(halves + 1, _mm256_and_si256(_mm256_srli_epi16(x, 4), low));
+}
+// int16 lanes: acc + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], unsigned bytes of a with signed ones of b. In assembly for
+// the reason of add_dot_pairs.
+[[gnu::always_inline]] inline IntVec add_dot_nibbles(IntVec acc, IntVec a, IntVec b) {
+  IntVec sum = acc, product = acc;
+#if defined(__AVX512F__)
+  product.v = _mm512_maddubs_epi16(a.v, b.v);
+  sum.v = _mm512_add_epi16(sum.v, product.v);
+#else
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum.v), "=&x"(product.v) : "x"(a.v), "x"(b.v));
+#endif
+  return sum;
+}
+// int32 lanes: sums of two int16 each
+inline IntVec sum_pairs(IntVec a) {
+#if defined(__AVX512F__)
+  return {_mm512_madd_epi16(a.v, _mm512_set1_epi16(1))};
+#else
+  return {_mm256_madd_epi16(a.v, _mm256_set1_epi16(1))};
+#endif
+}
 // Tells the compiler that it has changed.
 inline void keep(IntVec& a) { asm volatile("" : "+x"(a.v)); }
 
