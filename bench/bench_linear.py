@@ -3,8 +3,9 @@
 FLOPs: 2 M K N. Bytes: the packed weight once, x and y once. M = 1 and 8 take another copy of the weight with every
 call, from 400 MB of copies, as a model's layers follow each other: no cache holds it by chance. The roof of int8 and
 int4 is that of the int8 instructions (`int8_loop` in `csrc/cpu/roof.cpp`: `vpmaddubsw`, `vpmaddwd` and `vpaddd`, or
-`vpdpbusd` where AVX-512 has VNNI). torch: F.linear in float32, over copies too; for "bf16" on bfloat16 x and W where
-the CPU has an instruction for it and AVX-512 is not ruled out.
+`vpdpbusd` where AVX-512 has VNNI). torch: F.linear in float32, over copies too; for "bf16" and "medium" on bfloat16 x
+and W where the CPU has an instruction for it and AVX-512 is not ruled out. "medium" is `precision`; where the CPU
+multiplies no faster that way it computes the same as without.
 """
 
 from __future__ import annotations
@@ -39,18 +40,29 @@ def copies_of(packed: PackedWeight, rows: int) -> itertools.cycle[PackedWeight]:
 @pytest.mark.parametrize("rows", [1, 8, 512])
 @pytest.mark.parametrize(("k", "n"), SHAPES)
 def bench_product(compare, k, n, rows, format):
+    product(compare, k, n, rows, format, "highest")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def bench_rounded_product(compare, k, n, format):
+    product(compare, k, n, 512, format, "medium")
+
+
+def product(compare, k, n, rows, format, precision):
     x, packed = torch.randn(rows, k), pack_linear(torch.randn(n, k), format=format)
     dense, copies = packed.dequantize(), copies_of(packed, rows)
     native = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if format == "bf16" and native else torch.float32
-    peers = copies_of(pack_linear(dense, format="fp32" if dtype == torch.float32 else "bf16"), rows)
-    cast = x.to(dtype)
+    half = native and (format == "bf16" or precision == "medium")
+    peers = copies_of(pack_linear(dense, format="bf16" if half else "fp32"), rows)
+    cast = x.to(torch.bfloat16 if half else torch.float32)
     bytes_ = packed.nbytes + 4 * rows * (k + n)
     roof = "int8" if format in ("int8", "int4") else "fma"
+    name = f"M = {rows}, {k} -> {n}, {format}" + (", medium" if precision == "medium" else "")
     compare(
-        Case("packed_linear", f"M = {rows}, {k} -> {n}, {format}", 2 * rows * k * n, bytes_, roof=roof),
-        lambda: packed_linear(x, next(copies)),
+        Case("packed_linear", name, 2 * rows * k * n, bytes_, roof=roof),
+        lambda: packed_linear(x, next(copies), precision=precision),
         lambda: reference.forward(x, dense, None),
         lambda: F.linear(cast, next(peers).weight),
-        TOLERANCE[format] if dtype == torch.float32 else 2e-2,
+        2e-2 if half or precision == "medium" else TOLERANCE[format],
     )

@@ -29,7 +29,7 @@ FORMATS = ("fp32", "bf16", "int8", "int4")  # of weights, best first
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 BASE_BYTES = 255 << 20  # measured: the command before a model is loaded
 _LAYERS_AT_LEAST = 8  # of a model's weights an eighth has to fit, two layers and the head among them
-_CHUNKS = ((1024, 4096), (512, 2048), (256, 1024))  # tokens of a prompt, patches of a picture
+_CHUNKS = ((1024, 1024), (512, 512), (256, 256))  # tokens of a prompt, patches of a picture
 
 
 @dataclass(frozen=True)
