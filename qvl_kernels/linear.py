@@ -113,7 +113,7 @@ def packed_linear(
         residual: y's shape in x's dtype, or None.
         precision: as of `torch.set_float32_matmul_precision`. "medium" lets x be rounded where the CPU then multiplies
             faster, with more than 16 rows: to bfloat16 with "bf16" weights (AMD with AVX512_BF16), to 8 bits, a scale
-            for each 128, with "int8" (AVX512_VNNI) and "int4" weights. Elsewhere it is "highest".
+            for each 128, with "int8" (VNNI) and "int4" weights. Elsewhere it is "highest".
 
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and

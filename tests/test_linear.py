@@ -10,6 +10,11 @@ product is then at most, with dx and dw half the steps (`rounding_of_factors`):
 With precision="medium" and many rows: dx = |x| / 256 with "bf16", dx = max|x| / 254 and dw = 0 with "int8" and "int4".
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +27,7 @@ from qvl_kernels import PackedLinear, PackedWeight, gelu_tanh, pack_linear, pack
 BACKENDS = backends_of("packed_linear")
 FORMATS = ["fp32", "bf16", "int8", "int4"]
 FEW_ROWS = 16
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 # (M, K, N): M = 1 with every remainder of K and N that a kernel can have, the borders between its regimes, and tiles.
 SHAPES = [
     *((1, k, 5) for k in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 111, 127, 128, 129, 255, 257, 300, 640)),
@@ -132,7 +138,7 @@ def test_medium_is_highest_where_nothing_is_gained(backend):
         with on(backend):
             assert torch.equal(packed_linear(x, packed, precision="medium"), packed_linear(x, packed))
     if backend in ("reference", "cpu_avx2"):
-        for format in ("fp32", "bf16", "int8"):
+        for format in FORMATS if backend == "reference" else ("fp32", "bf16"):
             x, packed = torch.randn(40, 200), pack_linear(torch.randn(30, 200), format=format)
             with on(backend):
                 assert torch.equal(packed_linear(x, packed, precision="medium"), packed_linear(x, packed))
@@ -242,6 +248,15 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 torch.set_num_threads(3)
                 assert torch.equal(packed_linear(x, packed, precision=precision), alone)
                 torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif("avx512f" not in CPU or "avx_vnni" not in CPU, reason="needs a CPU with AVX-VNNI and AVX-512")
+def test_avx_vnni():
+    """The AVX2 module of a CPU that has AVX-VNNI and no AVX-512: the tests above in a process that takes this one so."""
+    chosen = "cpu_avx2 and (int8 or int4) and not nothing_is_gained"
+    run = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", chosen]
+    done = subprocess.run(run, env={**os.environ, "QVL_AVX_VNNI": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]  # 5 if no test was chosen
 
 
 def test_module_replaces_a_linear_layer():

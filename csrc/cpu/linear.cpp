@@ -83,22 +83,17 @@ void run(const PackedLinearParams& p, std::int64_t depth, std::int64_t threads) 
 // Calls f(P{}, depth) with the kind of product that the weights and the CPU allow.
 template <class F>
 void with_product(const PackedLinearParams& p, const F& f) {
-  const std::int64_t k = p.x.size[1];
-  if (p.rounded && p.weight.dtype == DType::u8) {
-    if constexpr (IntVec::N == 16)
-      if (has_vnni()) return f(Fours<true>{}, round_up(k, kBlock));
-    return f(Fours<false>{}, round_up(k, kBlock));
+  const std::int64_t k = p.x.size[1], blocks = round_up(k, kBlock);
+  if (is_quantized(p)) {
+    const bool fours = p.rounded && p.weight.dtype == DType::u8;
+    if (!has_vnni()) return fours ? f(Fours<false>{}, blocks) : f(Integers<false>{}, blocks);
+    return fours ? f(Fours<true>{}, blocks) : p.rounded ? f(Bytes{}, blocks) : f(Integers<true>{}, blocks);
   }
 #if defined(__AVX512F__)
   const bool halves = p.weight.dtype == DType::bf16 && (p.rounded || p.x.dtype == DType::bf16);
   if (halves && has_fast_bf16()) return f(Halves{}, k);
-  if (is_quantized(p) && has_vnni()) {
-    if (p.rounded) return f(Bytes{}, round_up(k, kBlock));
-    return f(Integers<true>{}, round_up(k, kBlock));
-  }
 #endif
-  if (!is_quantized(p)) return f(Floats<false>{}, k);
-  return f(Integers<false>{}, round_up(k, kBlock));
+  f(Floats<false>{}, k);
 }
 
 }  // namespace

@@ -4,16 +4,17 @@
 //   Halves   bfloat16 weights as they are, x rounded to bfloat16: `vdpbf16ps`, 32 products an instruction, twice what
 //            an FMA does where both take the same time (AMD; on Intel it takes twice as long and nothing is gained).
 //            x in bfloat16 loses nothing
-//   Bytes    int8 weights as they are, x as 8 bits with a step for each 128: `vpdpbusd`, 64 products an instruction.
-//            One factor has to be unsigned: x + 128, and the sums start at -128 times the sum of the panel's weights
+//   Bytes    int8 weights as they are, x as 8 bits with a step for each 128: `vpdpbusd` of VNNI, 64 products an
+//            instruction, 32 on AVX2. One factor has to be unsigned: x + 128, and the sums start at -128 times the sum
+//            of the panel's weights
 //   Fours    int4 weights as they are, as unsigned bytes, x as in Bytes: `vpdpbusd`, or on every AVX2 `vpmaddubsw`: two
 //            products of 15 and 127 can be added eight times in 16 bits before `vpmaddwd` widens them, and that is a
 //            group of 32 weights, whose scale follows. 18 instructions for 256 products, against 32 of `Integers`. The
 //            groups' minima meet the groups' sums of x in floats, 1 / 32 of the product
 //
-// Registers of the first two: the instructions take 5 to 6 cycles, two a cycle, so 6 rows x 4 vectors of sums, 24 of 32
-// registers; 4 loads and 6 broadcasts feed 24 of them. The panel is as wide: 64 outputs, 32 KiB. Fours has a panel of 2
-// vectors on both ISAs.
+// Registers of the first two: the instructions take 5 to 6 cycles, two a cycle, so on AVX-512 6 rows x 4 vectors of
+// sums, 24 of 32 registers; 4 loads and 6 broadcasts feed 24 of them. The panel is as wide: 64 outputs, 32 KiB. Fours,
+// and Bytes on AVX2, have a panel of 2 vectors.
 #pragma once
 
 #include <numeric>
@@ -132,9 +133,7 @@ struct Fours {
   }
 };
 
-#if defined(__AVX512F__)
-
-constexpr int kWideVectors = 4;
+constexpr int kWideVectors = IntVec::N == 16 ? 4 : 2;
 constexpr int kWideWidth = kWideVectors * IntVec::N;
 
 // acc[r][v] = step(acc[r][v], panel vector v, strip row r) over `count` words of 32 bits.
@@ -142,8 +141,9 @@ template <class Acc, class Step>
 [[gnu::always_inline]] inline void multiply_words(const float* strip, const float* panel, std::int64_t count,
                                                   Acc (&acc)[kStrip][kWideVectors], const Step& step) {
   for (std::int64_t i = 0; i < count; ++i, strip += kStrip, panel += kWideWidth) {
-    const IntVec w[kWideVectors] = {load_pairs(panel), load_pairs(panel + IntVec::N), load_pairs(panel + 2 * IntVec::N),
-                                    load_pairs(panel + 3 * IntVec::N)};
+    IntVec w[kWideVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWideVectors; ++v) w[v] = load_pairs(panel + v * IntVec::N);
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r) {
       const IntVec x = repeat_pair(strip + r);
@@ -152,64 +152,6 @@ template <class Acc, class Step>
     }
   }
 }
-
-// Products of bfloat16. A float stands for a pair of them.
-struct Halves {
-  static constexpr std::int64_t kDepth = 256;
-  static constexpr int kWidth = kWideWidth;
-  static constexpr std::int64_t kPanelFloats = kDepth / 2 * kWidth;
-  static std::int64_t strip_floats(std::int64_t depth) { return round_up(depth, 16) / 2 * kStrip + kStripSlack; }
-
-  // n numbers, and zeros up to a whole transposition.
-  template <class T>
-  static void fill_row(const T* from, std::int64_t n, float* row) {
-    bf16* const to = reinterpret_cast<bf16*>(row);
-    if constexpr (std::is_same_v<T, bf16>) {
-      std::copy_n(from, n, to);
-      std::fill(to + n, to + round_up(n, 16), bf16{0});
-    } else {
-      for (std::int64_t i = 0; i < n; i += Vec<float>::N) store(to + i, load_up_to(from + i, n - i));
-    }
-  }
-  template <class T>
-  static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
-    float rows[8][kDepth / 2] = {};
-    for (std::int64_t k = 0; k < depth; k += kDepth) {
-      const std::int64_t n = std::min(kDepth, depth - k);
-      for (int r = 0; r < kStrip; ++r) {
-        const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
-        fill_row(p.x.as<T>() + row * p.x.stride[0] + k, n, rows[r]);
-      }
-      transpose_words(rows, round_up(n, 16) / 2, strip + k / 2 * kStrip, kStrip);
-    }
-  }
-  static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
-                         std::int64_t depth, float* panel) {
-    float rows[8][kDepth / 2];
-    for (int j = 0; j < kWidth; j += 8) {
-      for (int i = 0; i < 8; ++i)
-        fill_row(
-            p.weight.as<bf16>() + std::min<std::int64_t>(first + j + i, first + outputs - 1) * p.weight.size[1] + k,
-            depth, rows[i]);
-      transpose_words(rows, round_up(depth, 16) / 2, panel + j, kWidth);
-    }
-  }
-  [[gnu::noinline]] static void add(const float* strip, std::int64_t, const float* panel, std::int64_t k,
-                                    std::int64_t depth, float* sums) {
-    using V = Vec<float>;
-    V acc[kStrip][kWideVectors];
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kWideVectors; ++v) acc[r][v] = load(sums + r * kOutputs + v * V::N);
-    multiply_words(strip + k / 2 * kStrip, panel, (depth + 1) / 2, acc,
-                   [](V a, IntVec w, IntVec x) __attribute__((always_inline)) { return add_dot_halves(a, w, x); });
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kWideVectors; ++v) store(sums + r * kOutputs + v * V::N, acc[r][v]);
-  }
-};
 
 // Products of bytes. A float stands for four of them.
 struct Bytes {
@@ -280,7 +222,9 @@ struct Bytes {
     multiply_words(strip, panel, kWords, acc, [](IntVec a, IntVec w, IntVec x) __attribute__((always_inline)) {
       return add_dot_bytes<true>(a, x, w);
     });
-    const V scale[kWideVectors] = {load(scales), load(scales + V::N), load(scales + 2 * V::N), load(scales + 3 * V::N)};
+    V scale[kWideVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWideVectors; ++v) scale[v] = load(scales + v * V::N);
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r, sums += kOutputs) {
       const V step(steps[r]);
@@ -288,6 +232,66 @@ struct Bytes {
       for (int v = 0; v < kWideVectors; ++v)
         store(sums + v * V::N, fma(to_float(acc[r][v]), scale[v] * step, load(sums + v * V::N)));
     }
+  }
+};
+
+#if defined(__AVX512F__)
+
+// Products of bfloat16. A float stands for a pair of them.
+struct Halves {
+  static constexpr std::int64_t kDepth = 256;
+  static constexpr int kWidth = kWideWidth;
+  static constexpr std::int64_t kPanelFloats = kDepth / 2 * kWidth;
+  static std::int64_t strip_floats(std::int64_t depth) { return round_up(depth, 16) / 2 * kStrip + kStripSlack; }
+
+  // n numbers, and zeros up to a whole transposition.
+  template <class T>
+  static void fill_row(const T* from, std::int64_t n, float* row) {
+    bf16* const to = reinterpret_cast<bf16*>(row);
+    if constexpr (std::is_same_v<T, bf16>) {
+      std::copy_n(from, n, to);
+      std::fill(to + n, to + round_up(n, 16), bf16{0});
+    } else {
+      for (std::int64_t i = 0; i < n; i += Vec<float>::N) store(to + i, load_up_to(from + i, n - i));
+    }
+  }
+  template <class T>
+  static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
+    float rows[8][kDepth / 2] = {};
+    for (std::int64_t k = 0; k < depth; k += kDepth) {
+      const std::int64_t n = std::min(kDepth, depth - k);
+      for (int r = 0; r < kStrip; ++r) {
+        const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
+        fill_row(p.x.as<T>() + row * p.x.stride[0] + k, n, rows[r]);
+      }
+      transpose_words(rows, round_up(n, 16) / 2, strip + k / 2 * kStrip, kStrip);
+    }
+  }
+  static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
+                         std::int64_t depth, float* panel) {
+    float rows[8][kDepth / 2];
+    for (int j = 0; j < kWidth; j += 8) {
+      for (int i = 0; i < 8; ++i)
+        fill_row(
+            p.weight.as<bf16>() + std::min<std::int64_t>(first + j + i, first + outputs - 1) * p.weight.size[1] + k,
+            depth, rows[i]);
+      transpose_words(rows, round_up(depth, 16) / 2, panel + j, kWidth);
+    }
+  }
+  [[gnu::noinline]] static void add(const float* strip, std::int64_t, const float* panel, std::int64_t k,
+                                    std::int64_t depth, float* sums) {
+    using V = Vec<float>;
+    V acc[kStrip][kWideVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kWideVectors; ++v) acc[r][v] = load(sums + r * kOutputs + v * V::N);
+    multiply_words(strip + k / 2 * kStrip, panel, (depth + 1) / 2, acc,
+                   [](V a, IntVec w, IntVec x) __attribute__((always_inline)) { return add_dot_halves(a, w, x); });
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kWideVectors; ++v) store(sums + r * kOutputs + v * V::N, acc[r][v]);
   }
 };
 

@@ -7,6 +7,8 @@
 // `vpdpwssd`, which adds in the same instruction.
 #pragma once
 
+#include <cstdlib>
+
 #include "vec.h"
 
 namespace qvl {
@@ -42,6 +44,9 @@ struct IntVec {
   static IntVec zero() { return {_mm512_setzero_si512()}; }
 };
 inline IntVec load_pairs(const float* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(float* p, IntVec a) { _mm512_storeu_si512(p, a.v); }
+inline IntVec repeat_byte(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
+inline IntVec negative(IntVec a) { return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)}; }
 inline IntVec repeat_pair(const float* p) {
   std::int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
@@ -57,9 +62,6 @@ inline bool has_fast_bf16() { return __builtin_cpu_supports("avx512bf16") && __b
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
   return sum;
 }
-inline void store_words(float* p, IntVec a) { _mm512_storeu_si512(p, a.v); }
-inline IntVec repeat_byte(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
-inline IntVec negative(IntVec a) { return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)}; }
 template <bool kVnni>
 [[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
   if constexpr (kVnni) {
@@ -109,13 +111,26 @@ struct IntVec {
   static IntVec zero() { return {_mm256_setzero_si256()}; }
 };
 inline IntVec load_pairs(const float* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store_words(float* p, IntVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline IntVec repeat_byte(int byte) { return {_mm256_set1_epi8(static_cast<char>(byte))}; }
+inline IntVec negative(IntVec a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
 inline IntVec repeat_pair(const float* p) { return {_mm256_castps_si256(_mm256_broadcast_ss(p))}; }
-constexpr bool has_vnni() { return false; }
-template <bool kVnni>
+// AVX-VNNI, of laptops without AVX-512. A CPU that has that too runs this module only where it is to behave like one
+// that has neither; QVL_AVX_VNNI is there to test it on such a CPU.
+inline bool has_vnni() {
+  static const bool use = __builtin_cpu_supports("avxvnni") &&
+                          (!__builtin_cpu_supports("avx512f") || std::getenv("QVL_AVX_VNNI") != nullptr);
+  return use;
+}
 // In assembly, since GCC finds no place for twelve sums, two vectors of weights, one of x and the product in the
 // sixteen registers, and would keep the sums in memory.
+template <bool kVnni>
 [[gnu::always_inline]] inline IntVec add_dot_pairs(IntVec acc, IntVec a, IntVec b) {
   __m256i sum = acc.v, product;
+  if constexpr (kVnni) {
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a.v), "x"(b.v));
+    return {sum};
+  }
   asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a.v), "x"(b.v));
   return {sum};
 }
@@ -162,6 +177,11 @@ template <bool kVnni>
   }
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1)))};
 #else
+  if constexpr (kVnni) {
+    __m256i sum = acc.v;
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a.v), "x"(b.v));
+    return {sum};
+  }
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
 #endif
 }
