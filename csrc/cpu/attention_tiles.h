@@ -218,6 +218,9 @@ void pack_transposed(const S* from, std::int64_t row, std::int64_t rows, std::in
       for (std::int64_t d = 0; d < dim; ++d) std::fill_n(panel + d * kPanel<A>, 8, A(0));
       continue;
     }
+    // Rows of a tensor (L, H, D) lie apart: nothing but this reads ahead.
+    for (std::int64_t i = j + 8; i < std::min(j + 16, rows); ++i)
+      prefetch(from + i * row, dim * static_cast<std::int64_t>(sizeof(S)));
     const A* eight[8];
     for (int i = 0; i < 8; ++i) {
       eight[i] = wide[i];
