@@ -45,14 +45,14 @@ void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys,
   clear(acc);
   std::int64_t d = 0;
   for (; d + V::N <= dim; d += V::N) {
-    V line[K];
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) line[j] = load(k[j] + d);
+    V x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V x = load(q + r * kMaxDim + d);
+    for (int r = 0; r < R; ++r) x[r] = load(q + r * kMaxDim + d);
 #pragma GCC unroll 8
-      for (int j = 0; j < K; ++j) acc[r * K + j] = fma(x, line[j], acc[r * K + j]);
+    for (int j = 0; j < K; ++j) {
+      const V line = load(k[j] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r * K + j] = add_product(acc[r * K + j], x[r], line);
     }
   }
   A sums[8];
@@ -90,14 +90,14 @@ void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, 
   Ahead<S> ahead = next;  // in registers
   for (std::int64_t j = 0; j < keys; ++j) {
     ahead.template ask<W * V::N>();
-    V value[W];
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) value[w] = load(v + j * v_row + w * V::N);
+    V x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V x(p[r * kTile + j]);
+    for (int r = 0; r < R; ++r) x[r] = V(p[r * kTile + j]);
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) acc[r][w] = fma(x, value[w], acc[r][w]);
+    for (int w = 0; w < W; ++w) {
+      const V value = load(v + j * v_row + w * V::N);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][w] = add_product(acc[r][w], x[r], value);
     }
   }
   next = ahead;
