@@ -53,7 +53,9 @@ def attention(
 
     With int8 keys and up to 16 query rows for each of its heads the CPU kernels round a query q' = scale q to 15 bits,
     |error of a score| <= max|q'| |k|_1 / 65534: a 256th of what the rounding of the keys may do for a query and key of
-    even size. An output then moves by at most (exp(2 error) - 1) max|v|.
+    even size. An output then moves by at most (exp(2 error) - 1) max|v|. The weights of the values, p value_scale, are
+    rounded to 15 bits of the largest among 64 keys: an output moves by at most 64 / 65534 of 128 max(value_scale), a
+    quarter of what the rounding of the values may do.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.

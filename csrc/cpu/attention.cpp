@@ -3,10 +3,11 @@
 // Regime: arithmetic (prompts, images). Per query row and key 2 (D + Dv) FLOPs. A tile of keys is packed once for all
 // rows of a block:
 //
-//   block   up to 240 (D = 128) or 480 (D = 64) rows of one KV head: row r is position r / G, head r % G of its group,
-//           so that a strip of rows has nearly one causal limit and the group's heads share the packed tile
+//   block   up to 240 (D = 128) or 480 (D = 64) rows of one KV head, on AVX-512 360 or 720: row r is position r / G,
+//           head r % G of its group, so that a strip of rows has nearly one causal limit and the group's heads share
+//           the packed tile
 //   tile    up to kTile = 192 keys, K transposed and V by columns (attention_tiles.h), 96 KiB each for D = 128, in L2
-//           with the block's queries and sums of 120 KiB each
+//           with the block's queries and sums of 120 or 180 KiB each
 //   group   kGroup strips pass one panel of K, then of V, while it is in L1: their scores (24 x 192, 18 KiB) stay there
 //           between the two products, and L2 is read once a group instead of once a strip (42 B a cycle is what one
 //           strip after the other would ask for on AVX-512)
@@ -27,7 +28,8 @@ namespace qvl::cpu {
 namespace {
 
 constexpr int kTile = kScoreRow;
-constexpr std::int64_t kBlockElements = 240 * 256;  // of a block's queries and sums
+// Elements of a block's queries and sums. A CPU with AVX-512 has 1 MiB of L2, one without may have half of that.
+constexpr std::int64_t kBlockElements = (Vec<float>::N == 16 ? 360 : 240) * 256;
 
 // How a head's rows and keys are cut: into equal parts, so that none is a small rest.
 struct Cut {
@@ -40,7 +42,8 @@ struct Layout {
   std::int64_t query, out, key, value, scores, top, total, size;
 
   Layout(std::int64_t d, std::int64_t dv, int panel) : dim(d), columns(round_up(dv, panel)) {
-    rows = std::clamp<std::int64_t>(kBlockElements / (dim + columns) / (kGroup * kStrip), 4, 20) * kGroup * kStrip;
+    constexpr std::int64_t kGroupRows = kGroup * kStrip, kMost = kBlockElements / 128 / kGroupRows;
+    rows = std::clamp<std::int64_t>(kBlockElements / (dim + columns) / kGroupRows, 4, kMost) * kGroupRows;
     std::int64_t at = 0;
     const auto take = [&](std::int64_t n) {
       const std::int64_t start = at;
@@ -124,9 +127,12 @@ class Block {
     const A* const scale = head_.key_scale ? head_.key_scale + tile * head_.key_scale_row : nullptr;
     pack_transposed(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key, scale,
                     head_.key_scale_row);
-    for (std::int64_t j = tile; j < tile + keys; ++j)
+    for (std::int64_t j = tile; j < tile + keys; ++j) {
+      prefetch(head_.value + std::min(j + 8, tile + keys - 1) * head_.value_row,
+               p_.value.size[3] * static_cast<std::int64_t>(sizeof(S)));
       to_panels(head_.value + j * head_.value_row, p_.value.size[3], j - tile, tile_, m_ + at_.value,
                 head_.value_scale ? head_.value_scale[j * head_.value_scale_row] : A(1));
+    }
   }
 
   // A strip and its part of the tile at hand: keys from a whole panel on; whether it has seen a tile before, and will

@@ -4,17 +4,19 @@
 // 2 Lk (D + Dv) FLOPs a row leave an AVX2 core waiting for memory up to about 8 rows. So nothing is packed or copied:
 //
 //   scores  rows of K times rows of q along D, R rows and 8 / R keys at a time (8 accumulators: the latency of 4 x 2
-//           FMAs), converted from storage in registers; 64 keys, then softmax. int8 keys meet queries of 15 bits in
-//           integer products: per 16 elements and two rows 5 instructions on AVX2 instead of 8 with conversions to fp32
+//           FMAs), converted from storage in registers; 64 keys, then softmax
 //   values  V rows in place, R rows times 8 / R vectors of columns
-//   memory  what comes next is asked for in time: V while its keys are scored, the next keys while values are added;
-//           each stream is then read in the order of its addresses
+//   int8    keys meet queries of 15 bits and values weights of 15 bits (p times the value's scale, in units of its
+//           tile) in integer products: per 16 elements and two rows 5 and 6 instructions on AVX2 instead of 8 with
+//           conversions to fp32, with VNNI 3 and 4. Sums of a tile are exact
+//   memory  what comes next is asked for in time, in the order of its addresses: V while its keys are scored, the next
+//           keys while values are added. Rows by columns instead, as they are added, cost a fifth of the bandwidth
 //   chunks  1024 keys each are independent tasks; their sums are merged by their largest scores. The size is fixed:
 //           the result does not depend on the number of threads.
 //
 // Source: Dao et al., Flash-Decoding, 2023.
 
-#include "attention.h"
+#include "attention_decode_int8.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -22,7 +24,6 @@ namespace qvl::cpu {
 namespace {
 
 constexpr std::int64_t kMaxRows = 16;
-constexpr std::int64_t kTile = 64;
 constexpr std::int64_t kChunk = 1024;
 
 std::int64_t chunks_of(const AttentionParams& p) { return (p.key.size[2] + kChunk - 1) / kChunk; }
@@ -32,31 +33,26 @@ std::int64_t partial_size(const AttentionParams& p) {
   return p.query.size[2] * (p.query.size[1] / p.key.size[1]) * (p.value.size[3] + 2);
 }
 
-// Keys at a time for R rows.
-template <int R>
-constexpr int kKeys = R == 1   ? 8
-                      : R == 2 ? 4
-                               : 2;
-
 // scores[r][j] = q[r] . key[j] for R rows and kKeys<R> keys. Keys beyond `keys` repeat the last one; the tile has room.
 template <int R, class S, class A>
 void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, A* scores) {
   using V = Vec<A>;
   constexpr int K = kKeys<R>;
-  const S* k[K];
-  for (int j = 0; j < K; ++j) k[j] = key + std::min<std::int64_t>(j, keys - 1) * key_row;
+  const S* k[K] = {key};
+#pragma GCC unroll 8
+  for (int j = 1; j < K; ++j) k[j] = k[j - 1] + (j < keys ? key_row : 0);
   V acc[8];
   clear(acc);
   std::int64_t d = 0;
   for (; d + V::N <= dim; d += V::N) {
-    V line[K];
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) line[j] = load(k[j] + d);
+    V x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V x = load(q + r * kMaxDim + d);
+    for (int r = 0; r < R; ++r) x[r] = load(q + r * kMaxDim + d);
 #pragma GCC unroll 8
-      for (int j = 0; j < K; ++j) acc[r * K + j] = fma(x, line[j], acc[r * K + j]);
+    for (int j = 0; j < K; ++j) {
+      const V line = load(k[j] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r * K + j] = add_product(acc[r * K + j], x[r], line);
     }
   }
   A sums[8];
@@ -69,83 +65,42 @@ void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys,
     for (int j = 0; j < K; ++j) scores[r * kTile + j] = sums[r * K + j];
 }
 
-// The same with queries of 15 bits and keys of 8: integer products, twice as many an instruction, exact sums (256
-// products of 15 + 7 bits stay below 2^31).
-template <int R>
-void dot_keys(const std::int16_t* q, const std::int8_t* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
-              float* scores) {
-  constexpr int K = kKeys<R>;
-  const std::int8_t* k[K];
-  for (int j = 0; j < K; ++j) k[j] = key + std::min<std::int64_t>(j, keys - 1) * key_row;
-  Ints acc[8];
-#pragma GCC unroll 8
-  for (Ints& a : acc) a = no_ints();
-  const auto step = [&](std::int64_t at, const auto& line_of) __attribute__((always_inline)) {
-    Words line[K];
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) line[j] = words(line_of(j));
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Words x = words(q + r * kMaxDim + at);
-#pragma GCC unroll 8
-      for (int j = 0; j < K; ++j) acc[r * K + j] = add_products(acc[r * K + j], x, line[j]);
-    }
-  };
-  std::int64_t d = 0;
-  for (; d + Words::N <= dim; d += Words::N) step(d, [&](int j) __attribute__((always_inline)) { return k[j] + d; });
-  float sums[8];
-  four_sums(to_float(acc[0]), to_float(acc[1]), to_float(acc[2]), to_float(acc[3]), sums);
-  four_sums(to_float(acc[4]), to_float(acc[5]), to_float(acc[6]), to_float(acc[7]), sums + 4);
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < K; ++j) {
-      std::int32_t rest = 0;
-      for (std::int64_t i = d; i < dim; ++i) rest += q[r * kMaxDim + i] * k[j][i];
-      scores[r * kTile + j] = sums[r * K + j] + static_cast<float>(rest);
-    }
-}
-
-// Rows that will be needed next: their part beside keys [j, j + n) of the tile at hand.
-template <class S>
-struct Ahead {
-  const S* rows;
-  std::int64_t row, count, bytes;
-
-  void ask(std::int64_t j, std::int64_t n) const {
-    for (std::int64_t i = j; i < std::min(j + n, count); ++i) prefetch(rows + i * row, bytes);
-  }
-};
-
-template <int R, class Q, class S, class A>
-void score_rows(const Q* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
-                const Ahead<S>& ahead, A* scores) {
+template <int R, bool kVnni, class Q, class S, class A>
+void score_rows(const Q* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, Ahead<S>& next,
+                A* scores) {
   for (std::int64_t j = 0; j < keys; j += kKeys<R>) {
-    ahead.ask(j, kKeys<R>);
-    dot_keys<R>(q, key + j * key_row, key_row, keys - j, dim, scores + j);
+    for (int i = 0; i < kKeys<R>; ++i) next.ask_row();
+    if constexpr (std::is_same_v<S, std::int8_t>)
+      dot_int8_keys<R, kVnni>(q, key + j * key_row, key_row, keys - j, dim, scores + j);
+    else
+      dot_keys<R>(q, key + j * key_row, key_row, keys - j, dim, scores + j);
   }
 }
 
 // o[r][c] = o[r][c] shrink[r] + sum_j p[r][j] v[j][c] for R rows and W vectors of columns.
 template <int R, int W, class S, class A>
-void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, const Ahead<S>& ahead,
-                 A* o, std::int64_t o_row) {
+void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, Ahead<S>& next, A* o,
+                 std::int64_t o_row) {
   using V = Vec<A>;
   V acc[R][W];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) acc[r][w] = load(o + r * o_row + w * V::N) * V(shrink[r]);
+  Ahead<S> ahead = next;  // in registers
   for (std::int64_t j = 0; j < keys; ++j) {
-    ahead.ask(j, 1);
-    V value[W];
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) value[w] = load(v + j * v_row + w * V::N);
+    ahead.template ask<W * V::N>();
+    V x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V x(p[r * kTile + j]);
+    for (int r = 0; r < R; ++r) x[r] = V(p[r * kTile + j]);
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) acc[r][w] = fma(x, value[w], acc[r][w]);
+    for (int w = 0; w < W; ++w) {
+      const V value = load(v + j * v_row + w * V::N);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][w] = add_product(acc[r][w], x[r], value);
     }
   }
+  next = ahead;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -153,16 +108,13 @@ void add_columns(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, 
 }
 
 template <int R, class S, class A>
-void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, Ahead<S> ahead, A* o,
+void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, const A* shrink, Ahead<S>& next, A* o,
                 std::int64_t dim_v) {
   using V = Vec<A>;
   constexpr int W = R == 1 ? 8 : R == 2 ? 4 : 2;
   std::int64_t c = 0;
-  for (; c + W * V::N <= dim_v; c += W * V::N) {
-    add_columns<R, W>(p, v + c, v_row, keys, shrink, ahead, o + c, dim_v);
-    ahead.count = 0;  // asked for once
-  }
-  for (; c + V::N <= dim_v; c += V::N) add_columns<R, 1>(p, v + c, v_row, keys, shrink, ahead, o + c, dim_v);
+  for (; c + W * V::N <= dim_v; c += W * V::N) add_columns<R, W>(p, v + c, v_row, keys, shrink, next, o + c, dim_v);
+  for (; c + V::N <= dim_v; c += V::N) add_columns<R, 1>(p, v + c, v_row, keys, shrink, next, o + c, dim_v);
   const int rest = static_cast<int>(dim_v - c);
   if (rest == 0) return;
   for (int r = 0; r < R; ++r) {
@@ -170,32 +122,6 @@ void add_values(const A* p, const S* v, std::int64_t v_row, std::int64_t keys, c
     for (std::int64_t j = 0; j < keys; ++j) acc = fma(V(p[r * kTile + j]), load(v + j * v_row + c, rest), acc);
     store(o + r * dim_v + c, acc, rest);
   }
-}
-
-// to[j] *= scale[j * stride] by
-template <class A>
-void multiply_each(const A* scale, std::int64_t stride, std::int64_t n, A by, A* to) {
-  using V = Vec<A>;
-  std::int64_t j = 0;
-  if (stride == 1)
-    for (; j + V::N <= n; j += V::N) store(to + j, load(to + j) * load(scale + j) * V(by));
-  for (; j < n; ++j) to[j] *= scale[j * stride] * by;
-}
-
-// row = unit * integers of 15 bits and the sign, to half a unit; returns the unit. Rows and integers have room for a
-// whole vector, where `row` is zero. A row that is not finite stays so: its unit is NaN.
-inline float to_integers(const float* row, std::int64_t dim, std::int16_t* integers) {
-  using V = Vec<float>;
-  V most = V::zero(), of_all = V::zero();
-  for (std::int64_t d = 0; d < dim; d += V::N) {
-    const V x = load(row + d);
-    most = max(most, max(x, V::zero() - x));
-    of_all = fma(x, V::zero(), of_all);  // NaN where one of them is not finite
-  }
-  const float unit = largest(most) / 32767 + sum(of_all);
-  const V inverse(unit > 0 ? 1 / unit : 0.0f);
-  for (std::int64_t d = 0; d < dim; d += V::N) store_rounded(integers + d, load(row + d) * inverse);
-  return unit;
 }
 
 // Calls f with the number of rows as a compile-time constant, 4 rows at a time and then the rest.
@@ -209,7 +135,7 @@ void by_four(std::int64_t rows, const F& f) {
 }
 
 // The chunk's keys [from, to) for all rows of one KV head: sums o (rows, Dv), then the largest scores, then the totals.
-template <class T, class S>
+template <bool kVnni, class T, class S>
 void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t from, std::int64_t to, Acc<T>* partial) {
   using A = Acc<T>;
   using V = Vec<A>;
@@ -221,7 +147,8 @@ void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t fr
   constexpr bool kIntegers = std::is_same_v<S, std::int8_t>;
   std::conditional_t<kIntegers, std::int16_t, A> q[kMaxRows * kMaxDim];
   A scores[kMaxRows * kTile], shrink[kMaxRows];
-  [[maybe_unused]] A unit[kMaxRows];  // of a row's integers
+  [[maybe_unused]] A unit[kMaxRows], weight_unit[kMaxRows];  // of a row's integers
+  [[maybe_unused]] std::int16_t weights[kMaxRows * kTile];
   for (std::int64_t r = 0; r < rows; ++r) {
     A row[kMaxDim + V::N];
     widen(head.query_of(r), dim, round_up(dim, V::N), row);
@@ -234,13 +161,12 @@ void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t fr
   from = std::max(from, visible(p, head.position(0), head.len_k).begin);
   to = std::min(to, visible(p, head.position(rows - 1), head.len_k).end);
   for (std::int64_t tile = from; tile < to; tile += kTile) {
-    const std::int64_t keys = std::min(kTile, to - tile), next = std::min(kTile, to - tile - keys);
+    const std::int64_t keys = std::min(kTile, to - tile), left = std::min(kTile, to - tile - keys);
     const S *key = head.key + tile * head.key_row, *value = head.value + tile * head.value_row;
-    Ahead<S> values{value, head.value_row, keys, dim_v * static_cast<std::int64_t>(sizeof(S))};
-    Ahead<S> next_keys{key + keys * head.key_row, head.key_row, next, dim * static_cast<std::int64_t>(sizeof(S))};
+    Ahead<S> values{value, head.value_row, dim_v, keys};
+    Ahead<S> next_keys{key + keys * head.key_row, head.key_row, dim, left};
     by_four(rows, [&](auto count, std::int64_t r) {
-      score_rows<count()>(q + r * kMaxDim, key, head.key_row, keys, dim, values, scores + r * kTile);
-      values.count = 0;  // asked for once
+      score_rows<count(), kVnni>(q + r * kMaxDim, key, head.key_row, keys, dim, values, scores + r * kTile);
     });
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t padded = round_up(keys, V::N);
@@ -249,13 +175,19 @@ void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t fr
                       scores + r * kTile);
       hide(p, head, r, tile, {0, keys}, padded, scores + r * kTile);
       shrink[r] = soften(scores + r * kTile, 0, padded, top[r], total[r]);
-      if constexpr (kIntegers)
+      if constexpr (kIntegers) {
         multiply_each(head.value_scale + tile * head.value_scale_row, head.value_scale_row, keys, A(1),
                       scores + r * kTile);
+        weight_unit[r] = to_integers(scores + r * kTile, padded, weights + r * kTile);
+      }
     }
     by_four(rows, [&](auto count, std::int64_t r) {
-      add_values<count()>(scores + r * kTile, value, head.value_row, keys, shrink + r, next_keys, o + r * dim_v, dim_v);
-      next_keys.count = 0;
+      if constexpr (kIntegers)
+        add_int8_values<count(), kVnni>({weights + r * kTile, weight_unit + r, shrink + r}, value, head.value_row, keys,
+                                        next_keys, o + r * dim_v, dim_v);
+      else
+        add_values<count()>(scores + r * kTile, value, head.value_row, keys, shrink + r, next_keys, o + r * dim_v,
+                            dim_v);
     });
   }
 }
@@ -284,11 +216,13 @@ void decode(const AttentionParams& p) {
   const std::int64_t kv_heads = p.key.size[1], heads = p.query.size[0] * kv_heads;
   const std::int64_t chunks = chunks_of(p), size = partial_size(p);
   Acc<T>* partials = p.scratch.as<Acc<T>>();
+  const bool vnni = std::is_same_v<S, std::int8_t> && has_vnni();
   parallel_for(heads * chunks, p.key.numel(), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t head = task / chunks, chunk = task % chunks;
-      add_chunk(p, head_of<T, S>(p, head / kv_heads, head % kv_heads), chunk * kChunk, (chunk + 1) * kChunk,
-                partials + task * size);
+      const Head<T, S> own = head_of<T, S>(p, head / kv_heads, head % kv_heads);
+      const auto add = vnni ? add_chunk<true, T, S> : add_chunk<false, T, S>;
+      add(p, own, chunk * kChunk, (chunk + 1) * kChunk, partials + task * size);
     }
   });
   parallel_for(heads, heads * chunks * size, [&](std::int64_t begin, std::int64_t end) {

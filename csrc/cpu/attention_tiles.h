@@ -74,8 +74,8 @@ template <int Row, int Step, class A>
 #pragma GCC unroll 6
       for (int r = 0; r < kStrip; ++r) {
         const V x(a[r * Row + i * Step]);
-        acc[r][0] = fma(x, b0, acc[r][0]);
-        acc[r][1] = fma(x, b1, acc[r][1]);
+        acc[r][0] = add_product(acc[r][0], x, b0);
+        acc[r][1] = add_product(acc[r][1], x, b1);
       }
     }
   }
@@ -84,8 +84,8 @@ template <int Row, int Step, class A>
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r) {
       const V x(a[r * Row]);
-      acc[r][0] = fma(x, b0, acc[r][0]);
-      acc[r][1] = fma(x, b1, acc[r][1]);
+      acc[r][0] = add_product(acc[r][0], x, b0);
+      acc[r][1] = add_product(acc[r][1], x, b1);
     }
   }
 }
@@ -102,8 +102,8 @@ template <class A>
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r) {
       const V x(rows[r][i]);
-      acc[r][0] = fma(x, b0, acc[r][0]);
-      acc[r][1] = fma(x, b1, acc[r][1]);
+      acc[r][0] = add_product(acc[r][0], x, b0);
+      acc[r][1] = add_product(acc[r][1], x, b1);
     }
   };
   for (; k + 2 <= count; k += 2) step(k), step(k + 1);
@@ -120,7 +120,7 @@ template <class A>
   const auto step = [&](std::int64_t i, int odd) __attribute__((always_inline)) {
     const V b = load(panel + i * kPanel<A>);
 #pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r) acc[r][odd] = fma(V(rows[r][i]), b, acc[r][odd]);
+    for (int r = 0; r < kStrip; ++r) acc[r][odd] = add_product(acc[r][odd], V(rows[r][i]), b);
   };
   for (; k + 2 <= count; k += 2) step(k, 0), step(k + 1, 1);
   if (k < count) step(k, 0);
@@ -218,6 +218,9 @@ void pack_transposed(const S* from, std::int64_t row, std::int64_t rows, std::in
       for (std::int64_t d = 0; d < dim; ++d) std::fill_n(panel + d * kPanel<A>, 8, A(0));
       continue;
     }
+    // Rows of a tensor (L, H, D) lie apart: nothing but this reads ahead.
+    for (std::int64_t i = j + 8; i < std::min(j + 16, rows); ++i)
+      prefetch(from + i * row, dim * static_cast<std::int64_t>(sizeof(S)));
     const A* eight[8];
     for (int i = 0; i < 8; ++i) {
       eight[i] = wide[i];

@@ -1,4 +1,5 @@
-// The intrinsics that only the linear kernels need, beside vec.h: products of integers, and weights from their bytes.
+// The intrinsics of integer products, beside vec.h, for the linear kernels and int8 caches, and weights from their
+// bytes.
 //
 //   Words, Ints   int16 and int32 in vectors of the ISA's width (vec.h), for few rows of x
 //   IntVec        the same for the register tile, where GCC needs help to keep them in registers
@@ -51,6 +52,26 @@ inline IntVec repeat_pair(const float* p) {
   std::int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
   return {_mm512_set1_epi32(pair)};
+}
+inline Words words(const std::int8_t* p, int n) {  // the first n, or all
+  const __mmask32 first = n >= 32 ? 0xffffffffu : (1u << n) - 1u;
+  return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(first, p))};
+}
+inline Words repeat_pair(const std::int16_t* p) {
+  std::int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm512_set1_epi32(pair)};
+}
+// a0 b0 a1 b1 ..: the low and the high half of each 128 bits, and both halves of products by columns in order again.
+inline Words interleave_low(Words a, Words b) { return {_mm512_unpacklo_epi16(a.v, b.v)}; }
+inline Words interleave_high(Words a, Words b) { return {_mm512_unpackhi_epi16(a.v, b.v)}; }
+inline void in_order(Ints& low, Ints& high) {
+  const __m512i a = low.v, b = high.v;
+  low.v = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b);
+  high.v = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b);
+}
+inline __m256i halves(Ints a) {
+  return _mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
 }
 // Whether the CPU has VNNI is asked at run time; the module is compiled without.
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
@@ -115,6 +136,25 @@ inline void store_words(float* p, IntVec a) { _mm256_storeu_si256(reinterpret_ca
 inline IntVec repeat_byte(int byte) { return {_mm256_set1_epi8(static_cast<char>(byte))}; }
 inline IntVec negative(IntVec a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
 inline IntVec repeat_pair(const float* p) { return {_mm256_castps_si256(_mm256_broadcast_ss(p))}; }
+inline Words words(const std::int8_t* p, int n) {
+  if (n >= 16) return words(p);
+  std::int8_t buffer[16] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n));
+  return words(buffer);
+}
+inline Words repeat_pair(const std::int16_t* p) {
+  std::int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm256_set1_epi32(pair)};
+}
+inline Words interleave_low(Words a, Words b) { return {_mm256_unpacklo_epi16(a.v, b.v)}; }
+inline Words interleave_high(Words a, Words b) { return {_mm256_unpackhi_epi16(a.v, b.v)}; }
+inline void in_order(Ints& low, Ints& high) {
+  const __m256i a = low.v, b = high.v;
+  low.v = _mm256_permute2x128_si256(a, b, 0x20);
+  high.v = _mm256_permute2x128_si256(a, b, 0x31);
+}
+inline __m256i halves(Ints a) { return a.v; }
 // AVX-VNNI, of laptops without AVX-512. A CPU that has that too runs this module only where it is to behave like one
 // that has neither; QVL_AVX_VNNI is there to test it on such a CPU.
 inline bool has_vnni() {
@@ -134,9 +174,12 @@ template <bool kVnni>
   asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a.v), "x"(b.v));
   return {sum};
 }
+inline Ints products(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 template <bool kVnni>
 inline Ints add_products(Ints acc, Words a, Words b) {
-  return add_products(acc, a, b);
+  __m256i sum = acc.v;
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products(a, b).v));
+  return {sum};
 }
 inline Nibbles nibbles(const std::uint8_t* p) {
   __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -148,7 +191,6 @@ inline Nibbles nibbles(const std::uint8_t* p) {
           {_mm256_and_si256(x, high)},
           {_mm256_and_si256(odd, high)}};
 }
-inline Ints products(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v);
 }
@@ -185,6 +227,23 @@ template <bool kVnni>
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
 #endif
 }
+// The sums of the lanes of eight vectors, by halves of what is left: 22 instructions for 64 lanes.
+inline void eight_sums(const Ints (&a)[8], float* to) {
+  __m256i two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i x = halves(a[2 * i]), y = halves(a[2 * i + 1]);
+    two[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));  // x y x y
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    four[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(two[2 * i], two[2 * i + 1]),
+                               _mm256_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
+  const __m256i eight = _mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20),
+                                         _mm256_permute2x128_si256(four[0], four[1], 0x31));
+  _mm256_storeu_ps(to, _mm256_cvtepi32_ps(eight));
+}
+
 // 64 int4 weights, 32 bytes, one a byte: first the low halves, then the high ones.
 inline void split_nibbles(const std::uint8_t* p, float* to) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), low = _mm256_set1_epi8(15);
