@@ -8,6 +8,8 @@ torch: for the causal form `by_chunk`, a loop over chunks of 128 tokens whose fe
 plain PyTorch we found; "all at once" names the usual other one, `at_once`: features of the whole sequence by one
 matmul, the chunks' states by a batched product and a cumsum. "exact" is F.scaled_dot_product_attention on the same
 tensors: another function, so only the times are compared.
+
+Decode "against 1 token after 256" is ours on both sides: 1.00 says that the time does not depend on the tokens before.
 """
 
 import math
@@ -143,24 +145,48 @@ def bench_backward(compare, dim, causal):
     compare(case, lambda: back(ours), None, lambda: back(own), 1e-2)
 
 
+def decode_inputs(dim, *lengths):
+    """A token's query and key, W, and for each length the cache of so many tokens before, with their state."""
+    favor = FavorFeatures(dim, FEATURES, seed=0)
+    caches = [torch.randn(1, 8, length, dim) for length in lengths]
+    states = [
+        linear_attention(
+            torch.randn(1, 16, cache.shape[2], dim), cache, cache, feature_map=favor, causal=True, return_state=True
+        )[1]
+        for cache in caches
+    ]
+    return torch.randn(1, 16, 1, dim), torch.randn(1, 8, 1, dim), favor, caches, states
+
+
+def decode_case(name, dim, favor, state):
+    nbytes = favor.projection.nbytes + 2 * sum(x.nbytes for x in state)
+    return Case("linear_attention", f"1 token after {name}", flops_of(16, 8, dim), nbytes)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("length", [256, 32768])
 def bench_decode(compare, length, dim):
     """One token after `length` others, 16 / 8 heads; torch: exact attention over a cache of them."""
-    q, k = torch.randn(1, 16, 1, dim), torch.randn(1, 8, 1, dim)
-    cache = torch.randn(1, 8, length, dim)
-    favor = FavorFeatures(dim, FEATURES, seed=0)
-    ones = torch.randn(1, 16, length, dim)
-    _, state = linear_attention(ones, cache, cache, feature_map=favor, causal=True, return_state=True)
+    q, k, favor, (cache,), (state,) = decode_inputs(dim, length)
 
     def ours():
         return linear_attention(q, k, k, feature_map=favor, causal=True, state=state, return_state=True)[0]
 
     own = lambda: F.scaled_dot_product_attention(q, cache, cache, enable_gqa=True)  # noqa: E731
-    name = f"1 token after {length}, 16/8 x {dim}, M = {FEATURES}, against exact"
-    nbytes = favor.projection.nbytes + 2 * sum(x.nbytes for x in state)
-    case = Case("linear_attention", name, flops_of(16, 8, dim), nbytes)
+    case = decode_case(f"{length}, 16/8 x {dim}, M = {FEATURES}, against exact", dim, favor, state)
     compare(case, ours, None, own, math.inf)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def bench_decode_after(compare, dim):
+    """One token after 32768 others against one token after 256: both ours."""
+    q, k, favor, _, (short, long) = decode_inputs(dim, 256, 32768)
+
+    def after(state):
+        return linear_attention(q, k, k, feature_map=favor, causal=True, state=state, return_state=True)[0]
+
+    case = decode_case(f"32768, 16/8 x {dim}, M = {FEATURES}, against 1 token after 256", dim, favor, long)
+    compare(case, lambda: after(long), None, lambda: after(short), math.inf)
 
 
 def bench_varlen(compare):

@@ -107,6 +107,7 @@ class Pair {
              m + at.weights,
              m + at.grad_scores,
              kStrips,
+             nullptr,
              {}};
     const bool packed = p_.offsets_q.data != nullptr;
     const std::int64_t q0 = packed ? p_.offsets_q.as<std::int64_t>()[segment] : 0;

@@ -19,6 +19,38 @@ A dot(const S* a, const S* b, std::int64_t n) {
   return sum(acc);
 }
 
+// Memory that is read soon, asked for a few lines at a time between two tiles of products, so that it is in L2 then.
+class Ahead {
+ public:
+  // A part is `rows` times `bytes` bytes, `row` bytes apart; there is room for ten.
+  void add(const void* from, std::int64_t rows, std::int64_t row, std::int64_t bytes) {
+    parts_[count_++] = {static_cast<const char*>(from), rows, row, bytes};
+    lines_ += rows * ((bytes + kLine - 1) / kLine);
+  }
+  // From now on all of it is asked for in `times` calls of some().
+  void spread(std::int64_t times) { each_ = (lines_ + times - 1) / times; }
+  void some() {
+    for (std::int64_t n = each_; n > 0 && at_ < count_; --n) {
+      Part& part = parts_[at_];
+      prefetch_l2(part.from + byte_);
+      if ((byte_ += kLine) < part.bytes) continue;
+      byte_ = 0, part.from += part.row;
+      if (--part.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  static constexpr int kParts = 10;
+  struct Part {
+    const char* from;
+    std::int64_t rows, row, bytes;
+  };
+  Part parts_[kParts];
+  std::int64_t lines_ = 0, each_ = 0, byte_ = 0;
+  int count_ = 0, at_ = 0;
+};
+
 // kTile: keys between two rows of scores. Where memory counts for more than the last per cent of the products, the
 // panels of Q and dO stand in for strips (kHasStrips false), and the transposed keys have the scale instead of Q.
 // Strips are [D][6]; panels are columns [panel][count][2 N], with the counts below. All but the sums is packed by the
@@ -38,6 +70,7 @@ struct GradientTile {
   A *grad_key, *grad_value;                            // panels, sums
   A *weights, *grad_scores;                            // P and dS
   int strips;
+  Ahead* ahead;            // of what comes next; null with strips
   Range seen[kMaxStrips];  // the keys that some row of a strip sees, from a whole panel on
 
   // hide(s, scores) hides what strip s does not see of [begin, round_up(end, panel)); `add`: dQ is added to.
@@ -49,10 +82,24 @@ struct GradientTile {
       if (seen[s].end > seen[s].begin) hide(s, weights + s * kStrip * kTile);
       for (int r = s * kStrip; r < (s + 1) * kStrip; ++r) soften_row(r, seen[s]);
     }
+    gradients_of_queries<kAdd>();
+    products_of_keys(weights, grad, columns_v, width, grad_value);
+    products_of_keys(grad_scores, query, columns, width, grad_key);
+  }
+
+ private:
+  void look_ahead() const {
+    if constexpr (!kHasStrips) ahead->some();
+  }
+
+  // The products are functions of their own: inlined into one, gcc 12 spills accumulators.
+  template <bool kAdd>
+  [[gnu::noinline]] void gradients_of_queries() const {
     for (std::int64_t c = 0; c < columns; c += kPanel<A>)
       for (int s = 0; s < strips; ++s) {
         const auto [begin, end] = seen[s];
         if (kAdd && begin == end) continue;
+        look_ahead();
         A* const to = grad_query + c * row_count + s * kStrip * kPanel<A>;
         Tile<A> acc;
         if constexpr (kAdd)
@@ -63,16 +110,15 @@ struct GradientTile {
                                end - begin, acc);
         store_tile(to, kPanel<A>, acc);
       }
-    products_of_keys(weights, grad, columns_v, width, grad_value);
-    products_of_keys(grad_scores, query, columns, width, grad_key);
   }
 
- private:
   // scores = rows . panels, where the strips see the keys.
-  void products_of_rows(const A* rows, const A* panels, std::int64_t n, std::int64_t width, A* scores) const {
+  [[gnu::noinline]] void products_of_rows(const A* rows, const A* panels, std::int64_t n, std::int64_t width,
+                                          A* scores) const {
     for (std::int64_t j = 0; j < width; j += kPanel<A>)
       for (int s = 0; s < strips; ++s)
         if (j >= seen[s].begin && j < seen[s].end) {
+          look_ahead();
           A* const to = scores + s * kStrip * kTile + j;
           if constexpr (kHasStrips)
             score_panel(rows + s * kStrip * n, panels + j * n, n, to, kTile);
@@ -82,7 +128,7 @@ struct GradientTile {
   }
 
   // As score_panel, from the rows' panels of columns.
-  void score_by_columns(const A* rows, const A* panel, std::int64_t n, A* to) const {
+  [[gnu::noinline]] void score_by_columns(const A* rows, const A* panel, std::int64_t n, A* to) const {
     Tile<A> acc;
     clear_tile<A>(acc);
     for (std::int64_t c = 0; c < n; c += kPanel<A>)
@@ -108,13 +154,15 @@ struct GradientTile {
   }
 
   // sums += scores^T rows, six keys at a time, over the strips of rows that see one of them.
-  void products_of_keys(const A* scores, const A* rows, std::int64_t n, std::int64_t width, A* sums) const {
+  [[gnu::noinline]] void products_of_keys(const A* scores, const A* rows, std::int64_t n, std::int64_t width,
+                                          A* sums) const {
     for (std::int64_t c = 0; c < n; c += kPanel<A>)
       for (std::int64_t j = 0; j < width; j += kStrip) {
         std::int64_t from = 0, to = strips;
         while (from < to && seen[from].end <= j) ++from;
         while (from < to && seen[to - 1].begin >= j + kStrip) --to;
         if (from == to) continue;
+        look_ahead();
         from *= kStrip, to *= kStrip;
         A* const sum = sums + c * sum_count + j * kPanel<A>;
         Tile<A> acc;

@@ -129,18 +129,7 @@ class Pass {
     std::fill_n(seen, kChunk / kStrip, 0);
     if (keys > 0) meet_keys(first, count, k0, keys, seen, kept, total, run);
     for (std::int64_t c = 0; c < at_.columns; c += kPanel<A>)
-      for (std::int64_t s = 0; s * kStrip < count; ++s) {
-        Tile<A> acc;
-        clear_tile<A>(acc);
-        if (top != kNoKey<A>) multiply_features(phi + s * kStrip * kPanel<A>, panels + c * at_.width, at_, acc);
-#pragma GCC unroll 6
-        for (int r = 0; r < kStrip; ++r) {
-          acc[r][0] = acc[r][0] * V(kept[s * kStrip + r]);
-          acc[r][1] = acc[r][1] * V(kept[s * kStrip + r]);
-        }
-        multiply_add<kChunk, 1>(m_ + l_.scores + s * kStrip * kChunk, m_ + l_.value_panels + c * kChunk, seen[s], acc);
-        store_tile(m_ + l_.out + c * kChunk + s * kStrip * kPanel<A>, kPanel<A>, acc);
-      }
+      read(count, top == kNoKey<A> ? nullptr : panels + c * at_.width, kept, seen, c);
     for (std::int64_t i = 0; i < count; ++i) write(first + i, i, total[i], run[i]);
   }
 
@@ -169,6 +158,24 @@ class Pass {
     transpose_panels(m_ + l_.running, at_.rows, at_.dim_v, at_, m_ + l_.state_panels);
   }
 
+  // The sums of `count` rows in the panel of columns c: `kept` times the state's part (`panel`, null for none), and the
+  // part of the keys `seen` by each strip. A function of its own, as score_features.
+  [[gnu::noinline]] void read(std::int64_t count, const A* panel, const A* kept, const std::int64_t* seen,
+                              std::int64_t c) const {
+    const A *phi = m_ + l_.query, *scores = m_ + l_.scores;
+    A* out = m_ + l_.out + c * kChunk;
+    for (std::int64_t s = 0; s * kStrip < count; ++s) {
+      Tile<A> acc;
+      clear_tile<A>(acc);
+      if (panel != nullptr) {
+        multiply_features(phi + s * kStrip * kPanel<A>, panel, at_, acc);
+        multiply_tile(kept + s * kStrip, acc);
+      }
+      multiply_add<kChunk, 1>(scores + s * kStrip * kChunk, m_ + l_.value_panels + c * kChunk, seen[s], acc);
+      store_tile(out + s * kStrip * kPanel<A>, kPanel<A>, acc);
+    }
+  }
+
   // scores = phi(q) . phi(k) 2^(shift - run) of the keys that each row sees, their sum in `total`, and what the
   // state's part shrinks by in `kept`. run is the largest shift that a row sees.
   void meet_keys(std::int64_t first, std::int64_t count, std::int64_t k0, std::int64_t keys, std::int64_t* seen,
@@ -181,10 +188,8 @@ class Pass {
       const std::int64_t last = std::min<std::int64_t>((s + 1) * kStrip, count) - 1;
       seen[s] = position(first + last) - k0 + 1;
       for (std::int64_t j = 0; j < seen[s]; j += kPanel<A>) {
-        Tile<A> acc;
-        clear_tile<A>(acc);
-        multiply_features(m_ + l_.query + s * kStrip * kPanel<A>, m_ + l_.key_panels + j * at_.width, at_, acc);
-        store_tile(m_ + l_.scores + s * kStrip * kChunk + j, kChunk, acc);
+        score_features(m_ + l_.query + s * kStrip * kPanel<A>, m_ + l_.key_panels + j * at_.width, at_,
+                       m_ + l_.scores + s * kStrip * kChunk + j, kChunk);
       }
       for (std::int64_t i = s * kStrip; i < (s + 1) * kStrip; ++i) {
         A* const row = m_ + l_.scores + i * kChunk;

@@ -198,6 +198,16 @@ template <class A>
                                std::min<std::int64_t>(kPanel<A>, at.features - m), acc);
 }
 
+// to[r row + j] = six rows of features times a transposed panel. A function of its own: where such a tile is inlined
+// into a long one, gcc 12 keeps some of its accumulators in memory.
+template <class A>
+[[gnu::noinline]] void score_features(const A* phi, const A* panel, const LinearSizes& at, A* to, std::int64_t row) {
+  Tile<A> acc;
+  clear_tile<A>(acc);
+  multiply_features(phi, panel, at, acc);
+  store_tile(to, row, acc);
+}
+
 // phi_i . z for row i of a block, z being row Dv of a state.
 template <class A>
 A feature_dot(const A* phi, std::int64_t i, const A* state, const LinearSizes& at) {

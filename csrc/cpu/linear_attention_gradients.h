@@ -234,9 +234,8 @@ class GradientPass {
                                    m_ + l_.value_panels + j * (at_.dim_v + 1), at_.dim_v + 1, acc);
         store_tile(grads + s * kStrip * kChunk + j, kChunk, acc);
         if (!with_weights) continue;
-        clear_tile<A>(acc);
-        multiply_features(m_ + l_.query + s * kStrip * kPanel<A>, m_ + l_.key_panels + j * at_.width, at_, acc);
-        store_tile(weights + s * kStrip * kChunk + j, kChunk, acc);
+        score_features(m_ + l_.query + s * kStrip * kPanel<A>, m_ + l_.key_panels + j * at_.width, at_,
+                       weights + s * kStrip * kChunk + j, kChunk);
       }
       for (std::int64_t i = s * kStrip; i <= last; ++i) {
         const std::int64_t own = position(first + i) - keys.begin + 1;
@@ -255,30 +254,32 @@ class GradientPass {
 
   // d x of a block of rows: from the state they see, and, with `seen`, from the chunk that they met.
   void write_queries(std::int64_t first, std::int64_t count, const A* state, const std::int64_t* seen) {
-    A* const grad = m_ + l_.grad_phi;
     const A top = top_of(state, at_);
+    A by[kChunk];
+    for (std::int64_t i = 0; i < round_up(count, kStrip); ++i) {
+      const A shift = m_[l_.query_shift + std::min(i, count - 1)];
+      by[i] = shift == kNoKey<A> ? A(0) : power(top, -shift);
+    }
     for (std::int64_t p = 0; p < at_.panels; ++p)
-      for (std::int64_t s = 0; s * kStrip < count; ++s) {
-        Tile<A> acc;
-        clear_tile<A>(acc);
-        if (top != kNoKey<A>)
-          multiply_add<kValueRow, 1>(m_ + l_.query_values + s * kStrip * kValueRow, state + p * at_.rows * kPanel<A>,
-                                     at_.dim_v + 1, acc);
-#pragma GCC unroll 6
-        for (int r = 0; r < kStrip; ++r) {
-          const A shift = m_[l_.query_shift + std::min<std::int64_t>(s * kStrip + r, count - 1)];
-          const V by(shift == kNoKey<A> ? A(0) : power(top, -shift));
-          acc[r][0] = acc[r][0] * by;
-          acc[r][1] = acc[r][1] * by;
-        }
-        if (seen != nullptr)
-          multiply_add<kChunk, 1>(m_ + l_.grad_weights + s * kStrip * kChunk, m_ + l_.key + p * kChunk * kPanel<A>,
-                                  seen[s], acc);
-        store_tile(grad + (p * kChunk + s * kStrip) * kPanel<A>, kPanel<A>, acc);
-      }
+      for (std::int64_t s = 0; s * kStrip < count; ++s)
+        add_queries(s, p, top == kNoKey<A> ? nullptr : state, by + s * kStrip, seen == nullptr ? 0 : seen[s]);
     through_features(m_ + l_.query, count);
     for (std::int64_t i = 0; i < count; ++i)
       write_row(gradient_panels() + i * kPanel<A>, at_.dim, row_of(grad_query_, first + i));
+  }
+
+  // d phi of strip s and panel p. A function of its own, as score_features.
+  [[gnu::noinline]] void add_queries(std::int64_t s, std::int64_t p, const A* state, const A* by, std::int64_t seen) {
+    Tile<A> acc;
+    clear_tile<A>(acc);
+    if (state != nullptr) {
+      multiply_add<kValueRow, 1>(m_ + l_.query_values + s * kStrip * kValueRow, state + p * at_.rows * kPanel<A>,
+                                 at_.dim_v + 1, acc);
+      multiply_tile(by, acc);
+    }
+    multiply_add<kChunk, 1>(m_ + l_.grad_weights + s * kStrip * kChunk, m_ + l_.key + p * kChunk * kPanel<A>, seen,
+                            acc);
+    store_tile(m_ + l_.grad_phi + (p * kChunk + s * kStrip) * kPanel<A>, kPanel<A>, acc);
   }
 
   void clear_rows_before_the_keys() {
@@ -369,12 +370,9 @@ class GradientPass {
       }
     if (!favor) return;
     for (std::int64_t c = 0; c < l_.made; c += kPanel<A>)
-      for (std::int64_t s = 0; s * kStrip < count; ++s) {
-        Tile<A> acc;
-        clear_tile<A>(acc);
-        multiply_features(grad + s * kStrip * kPanel<A>, columns_ + c * at_.width, at_, acc);
-        store_tile(m_ + l_.grad_row + c * kChunk + s * kStrip * kPanel<A>, kPanel<A>, acc);
-      }
+      for (std::int64_t s = 0; s * kStrip < count; ++s)
+        score_features(grad + s * kStrip * kPanel<A>, columns_ + c * at_.width, at_,
+                       m_ + l_.grad_row + c * kChunk + s * kStrip * kPanel<A>, kPanel<A>);
   }
   A* gradient_panels() { return m_ + (at_.kind == FeatureKind::favor ? l_.grad_row : l_.grad_phi); }
 

@@ -3,8 +3,9 @@
 // Regime: arithmetic (prompts). Per query row and listed key 2 (D + Dv) FLOPs. A block of queries is only 64 G rows,
 // too few to pay for packing its keys, so that they are packed once for all blocks of queries:
 //
-//   wave    as many KV heads as kWaveBytes of packed keys hold, at least one: scratch of 4 L (D + Dv) bytes a head.
-//           Whoever needs a cell first packs it
+//   slot    memory for one KV head's packed keys, 4 L (D + Dv) bytes. Whoever needs a cell first packs it. Heads follow
+//           each other in the slots that kSlotBytes hold, in two at least, so that no thread waits for the last rows of
+//           a head before it begins the next; a thread alone has one, which stays in L3 more easily
 //   rows    those of one query block and the heads that share its list, cut into chunks of 258 = 43 strips at most
 //   tile    192 keys, three cells of 64 from anywhere: what the strip sees of each goes to its row of scores one after
 //           the other, and from there on nothing knows of blocks; softmax and the strips' group are attention.cpp's
@@ -30,14 +31,19 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr std::int64_t kWaveBytes = 4 << 20;
+constexpr std::int64_t kSlotBytes = 4 << 20;
 constexpr int kMaxRows = 43 * kStrip;
 constexpr int kCells = kScoreRow / 32;
 
-// Scratch in elements of the compute type: the wave's flags, which cells are packed; its packed keys; a part a thread.
+using Flag = std::atomic<std::uint8_t>;
+using Count = std::atomic<std::int64_t>;
+
+// Scratch in elements of the compute type, after how many tasks of each head are done and which of its cells are
+// packed: packed keys, a slot a head; a part a thread.
 struct Layout {
   std::int64_t dim, dim_v, columns, keys;  // D, Dv, Dv rounded up to whole panels, Lk to whole blocks
-  std::int64_t wave, flags, head_size;     // KV heads at once; bytes of flags, elements of a head's packed keys
+  std::int64_t heads, cells, head_size;    // KV heads; of each the cells, the elements of its packed keys
+  std::int64_t slots, flags;               // heads that have memory at once; bytes of all flags
   std::int64_t query, out, scores, top, total, thread_size;
 
   Layout(const SparseAttentionParams& p, std::int64_t bytes, int panel)
@@ -45,11 +51,11 @@ struct Layout {
         dim_v(p.attention.value.size[3]),
         columns(round_up(dim_v, panel)),
         keys(key_blocks(p) * p.block) {
-    const std::int64_t heads = p.attention.query.size[0] * p.attention.key.size[1];
-    head_size = keys * (dim + columns);
-    wave = std::clamp<std::int64_t>(kWaveBytes / std::max<std::int64_t>(head_size * bytes, 1), 1,
-                                    std::max<std::int64_t>(heads, 1));
-    flags = round_up(wave * (keys / cell_of(p)), 64);
+    heads = p.attention.query.size[0] * p.attention.key.size[1];
+    cells = keys / cell_of(p), head_size = keys * (dim + columns);
+    slots = std::max<std::int64_t>(2, kSlotBytes / std::max<std::int64_t>(head_size * bytes, 1));
+    slots = std::min(slots, std::max<std::int64_t>(heads, 1));
+    flags = round_up(heads * (static_cast<std::int64_t>(sizeof(Count)) + cells), 64);
     std::int64_t at = 0;
     const auto take = [&](std::int64_t n) {
       const std::int64_t start = at;
@@ -65,7 +71,6 @@ struct Layout {
   }
 };
 
-using Flag = std::atomic<std::uint8_t>;
 enum : std::uint8_t { kNothing, kBegun, kPacked };
 
 // A KV head's keys and values: who needs a cell first packs it, and has it in its caches; who comes meanwhile waits.
@@ -256,30 +261,33 @@ void forward(const SparseAttentionParams& p) {
   const AttentionParams& f = p.attention;
   const Layout at(p, sizeof(A), kPanel<A>);
   const Sharing sharing(p);
-  auto* const flags = f.scratch.as<std::uint8_t>();
-  A* const packed = reinterpret_cast<A*>(flags + at.flags);
-  A* const threads = packed + at.wave * at.head_size;
+  auto* const bytes = f.scratch.as<std::uint8_t>();
+  auto* const done = reinterpret_cast<Count*>(bytes);
+  auto* const flags = reinterpret_cast<Flag*>(done + at.heads);
+  for (std::int64_t i = 0; i < at.heads; ++i) new (done + i) Count(0);
+  for (std::int64_t i = 0; i < at.heads * at.cells; ++i) new (flags + i) Flag(kNothing);
+  A* const packed = reinterpret_cast<A*>(bytes + at.flags);
+  A* const threads = packed + at.slots * at.head_size;
   const std::int64_t workers =
-      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - flags)) / (at.thread_size * sizeof(A));
-  const std::int64_t kv_heads = f.query.size[0] * f.key.size[1], cell = cell_of(p), cells = at.keys / cell;
+      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - bytes)) / (at.thread_size * sizeof(A));
+  const bool alone = workers == 1 || openmp().max_threads == nullptr || openmp().max_threads() == 1;
+  const std::int64_t slots = alone ? 1 : at.slots;
   // Rows of a query block go in `chunks` parts of `size` rows.
   const std::int64_t rows = p.block * sharing.heads, chunks = blocks_of(rows, kMaxRows);
   const std::int64_t size = round_up(blocks_of(rows, chunks), kStrip);
   const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
   const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
-  for (std::int64_t wave = 0; wave < kv_heads; wave += at.wave) {
-    for (std::int64_t i = 0; i < at.wave * cells; ++i) new (flags + i) Flag(kNothing);
-    parallel_tasks(std::min(at.wave, kv_heads - wave) * of_head, work, workers, [&](std::int64_t task, std::int64_t w) {
-      const std::int64_t head = task / of_head, block = task / chunks % query_blocks(p);
-      const Head<T> rows_of = head_of<T>(p, sharing, wave + head, task % of_head / (query_blocks(p) * chunks));
-      const std::int64_t begin = block * rows + task % chunks * size;
-      const std::int64_t end = std::min({begin + size, (block + 1) * rows, rows_of.rows()});
-      if (begin >= end) return;
-      const PackedHead<T> keys(rows_of, at, cell, packed + head * at.head_size,
-                               reinterpret_cast<Flag*>(flags) + head * cells);
-      Chunk<T>(p, rows_of, at, keys, threads + w * at.thread_size).run(block, begin, end - begin);
-    });
-  }
+  parallel_tasks(at.heads * of_head, work, workers, [&](std::int64_t task, std::int64_t w) {
+    const std::int64_t head = task / of_head, block = task / chunks % query_blocks(p), slot = head % slots;
+    if (head >= slots)
+      while (done[head - slots].load(std::memory_order_acquire) < of_head) std::this_thread::yield();
+    const Head<T> rows_of = head_of<T>(p, sharing, head, task % of_head / (query_blocks(p) * chunks));
+    const std::int64_t begin = block * rows + task % chunks * size;
+    const std::int64_t end = std::min({begin + size, (block + 1) * rows, rows_of.rows()});
+    const PackedHead<T> keys(rows_of, at, cell_of(p), packed + slot * at.head_size, flags + head * at.cells);
+    if (begin < end) Chunk<T>(p, rows_of, at, keys, threads + w * at.thread_size).run(block, begin, end - begin);
+    done[head].fetch_add(1, std::memory_order_release);
+  });
 }
 
 }  // namespace
@@ -288,7 +296,7 @@ std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std:
   const bool wide = p.attention.query.dtype == DType::f64;
   const std::int64_t bytes = wide ? 8 : 4;
   const Layout at(p, bytes, wide ? kPanel<double> : kPanel<float>);
-  return at.flags + (at.wave * at.head_size + threads * at.thread_size) * bytes;
+  return at.flags + (at.slots * at.head_size + threads * at.thread_size) * bytes;
 }
 
 void sparse_attention(const SparseAttentionParams& p) {

@@ -350,6 +350,9 @@ template <int N, class A>
   for (int i = 0; i < N; ++i) v[i] = Vec<A>::zero();
 }
 
+// Asks for the line in L2.
+inline void prefetch_l2(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
+
 // 2^x for x <= 127 with an error below 1 ULP, NaN for NaN; 0 for x < -126.5, so that results are never subnormal (they
 // are slow and nothing needs them). x = n + f with |f| <= 1/2: adding 1.5 2^23 + 127 rounds x to n and leaves n + 127,
 // the exponent of 2^n, in the lowest bits. 2^f is 1 + f times a minimax polynomial; its relative error is 2e-9.
