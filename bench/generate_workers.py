@@ -31,7 +31,7 @@ def with_qvl(folder: Path, format: str) -> dict:
     first = time.perf_counter()
     results = {result.test: result.value for result in measure(model, TESTS, repeat=REPEAT)}
     peak = peak_bytes()  # before the roofs' own 256 MiB
-    from timing import READ_BYTES, roofs
+    from timing import READ_BYTES, facts, roofs
 
     def best(run, amount):
         times = []
@@ -53,8 +53,7 @@ def with_qvl(folder: Path, format: str) -> dict:
             for module in (model.model.language_model.layers, model.lm_head)
             for tensor in module.state_dict().values()
         ),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        **{name: facts()[name] for name in ("cpu", "capability", "threads", "commit")},
         "fma_gflops": best(roofs().fma, roofs().fma_flops),
         "read_gbytes": best(roofs().read, READ_BYTES),
     }

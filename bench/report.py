@@ -56,9 +56,10 @@ def models_section(path: str) -> str:
     results = json.loads(Path(path).read_text())
     ours = [found for engine, found in results.items() if engine.startswith("qvl")]
     fma, read = (median(found[roof] for found in ours) for roof in ("fma_gflops", "read_gbytes"))
+    where = f"{ours[0]['cpu']}, {ours[0]['capability']}, {ours[0]['threads']} threads, commit {ours[0]['commit']}"
     head = (
-        f"{ours[0]['capability']}, {ours[0]['threads']} threads; roofs in the same processes: {read:.1f} GB/s read, "
-        f"{fma:.0f} GFLOP/s float32. At the read roof the weights of a token's text allow: "
+        f"{where}; roofs in the same processes: {read:.1f} GB/s read, {fma:.0f} GFLOP/s float32. At the read roof the "
+        "weights of a token's text allow: "
     )
     limits = [
         f"{engine[4:]} {read * 1e9 / found['text_bytes']:.1f} tokens/s"

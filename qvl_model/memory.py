@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 
 import torch
 
@@ -18,6 +20,13 @@ def available_memory(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):  # not Linux: the physical memory is the best there is without a dependency
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back_freed() -> None:
+    """Gives the system what was freed and what the C library keeps for the next time: after a long prompt or a large
+    picture some 50 MB, in a few milliseconds. Elsewhere than on Linux with glibc nothing happens."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def parse_bytes(amount: int | str) -> int:

@@ -8,8 +8,8 @@ is.
     base      Python, torch and this package
 
 Smaller formats come in the order of what they cost: first int8 keys and values and smaller chunks, which cost next to
-nothing, then the next format of the weights. Of a packed checkpoint, whose format is what it is, a part of the weights
-can stay on the disk (`qvl_model.paging`).
+nothing, then the next format of the weights ("int4" has int8 keys and values from the start). Of a packed checkpoint,
+whose format is what it is, a part of the weights can stay on the disk (`qvl_model.paging`).
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _plans(
         packs = name in ("int8", "int4") and not config.weights
         load = config.text.vocab_size * config.text.hidden_size * (2 if own == "bf16" else 4) if packs else 0
         table = name if name in ("fp32", "bf16") else own
-        for keys in dict.fromkeys((table, "bf16", "int8")):
+        caches = ("int8",) if name == "int4" else dict.fromkeys((table, "bf16", "int8"))  # what loses less than int4
+        for keys in caches:
             for chunk, rows in _CHUNKS:
                 work = bytes_of_work(config, name, use, chunk, rows)
                 cache = bytes_of_cache(config, keys, use)

@@ -18,8 +18,10 @@ from .attention import Part
 from .cache import KVCache
 from .fusion import DeepStack
 from .inputs import Inputs
+from .memory import give_back_freed
 from .model import Qwen3VL
 
+_LONG = 256  # tokens that leave enough freed memory behind to be worth giving back
 _WORTH_SHARING = 16  # tokens; below, a copy and another pass cost more than they save
 
 
@@ -63,6 +65,8 @@ def prefill(
                 advance(shared * len(others))
     cache.join(rows)
     cache.rope_deltas = inputs.rope_deltas.cpu()
+    if sum(lengths) >= _LONG:
+        give_back_freed()
     return last
 
 

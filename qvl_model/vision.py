@@ -19,21 +19,24 @@ from qvl_kernels import rotary
 from .attention import Kind
 from .config import VisionConfig
 from .layers import GeluMLP, LayerNorm, embedding
+from .memory import give_back_freed
 from .positions import interpolation, patch_positions, patch_rope
 
 ROWS = 1024  # patches that the layers between attentions see at a time; more is not faster
+_LARGE = 1024  # patches that leave enough freed memory behind to be worth giving back
 
 
-def by_rows(function: Callable[..., Any], rows: int, *tensors: Tensor) -> Any:
+def by_rows(function: Callable[..., Any], rows: int, *tensors: Tensor, over: Tensor | None = None) -> Any:
     """function(*tensors), a tensor or a tuple of them, computed for `rows` rows of all tensors at a time, so that what
-    the function needs in between does not grow with the picture."""
+    the function needs in between does not grow with the picture. Without gradients the result may take the place of
+    `over`, one of the tensors that is not needed any more and has its shape and dtype."""
     if len(tensors[0]) <= rows:
         return function(*tensors)
     parts = (function(*part) for part in zip(*(tensor.split(rows) for tensor in tensors)))
     if torch.is_grad_enabled():
         found = list(parts)
         return torch.cat(found) if isinstance(found[0], Tensor) else tuple(torch.cat(one) for one in zip(*found))
-    whole: tuple[Tensor, ...] = ()
+    whole: tuple[Tensor, ...] = () if over is None else (over,)
     start = 0
     for part in parts:  # into the whole at once: never all parts and the whole side by side
         results = (part,) if isinstance(part, Tensor) else part
@@ -92,7 +95,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Without gradients a large picture's result is written over x."""
 
     def __init__(self, config: VisionConfig, block: int, kind: Kind) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class VisionBlock(nn.Module):
         query, key, value = by_rows(self._project, rows, x, *rope)
         attended = self.attn.attend(query, key, value, offsets)
         del query, key, value
-        return by_rows(self._finish, rows, x, attended)
+        return by_rows(self._finish, rows, x, attended, over=x)
 
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.project(self.norm1(x), cos, sin)
@@ -197,4 +200,7 @@ class VisionModel(nn.Module):
             if number in config.deepstack_visual_indexes:
                 merger = self.deepstack_merger_list[config.deepstack_visual_indexes.index(number)]
                 deepstack[number] = by_rows(merger, merged, x)
-        return by_rows(self.merger, merged, x), tuple(deepstack[number] for number in sorted(deepstack))
+        features = by_rows(self.merger, merged, x)
+        if len(x) >= _LARGE and not x.requires_grad:
+            give_back_freed()
+        return features, tuple(deepstack[number] for number in sorted(deepstack))

@@ -60,7 +60,7 @@ def test_the_released_model_in_a_laptops_memory():
     assert [plan.weights for plan in chosen] == ["bf16", "int8", "int8", "int4"]
     assert chosen[0].weight_bytes == pytest.approx(2 * config.num_parameters(), rel=0.01)
     assert chosen[0].cache_bytes == 4096 * 112 * 1024
-    assert [plan.cache for plan in chosen] == ["bf16", "bf16", "int8", "bf16"]
+    assert [plan.cache for plan in chosen] == ["bf16", "bf16", "int8", "int8"]
     with pytest.raises(MemoryError, match=r"weights='int4' takes 2\.09"):
         planning.choose(config, {}, "auto", 1 << 30)
     with pytest.raises(MemoryError, match="weights='int8' takes 2"):
