@@ -146,22 +146,6 @@ inline void store(f16* p, Vec<float> a, int n) {
 inline void store(double* p, Vec<double> a) { _mm512_storeu_pd(p, a.v); }
 inline void store(double* p, Vec<double> a, int n) { _mm512_mask_storeu_pd(p, first8(n), a.v); }
 
-// Words: 16-bit integers, two for each lane of Ints: 32-bit integers, as many as floats.
-struct Words {
-  static constexpr int N = 32;
-  __m512i v;
-};
-struct Ints {
-  __m512i v;
-};
-inline Words words(const std::int16_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Words words(const std::int8_t* p) {
-  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-// acc + the products of neighbours, added in pairs
-inline Ints add_products(Ints acc, Words a, Words b) { return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))}; }
-inline Ints no_ints() { return {_mm512_setzero_si512()}; }
-inline Vec<float> to_float(Ints a) { return _mm512_cvtepi32_ps(a.v); }
 // Rounded to int16, to nearest even; beyond its range to the limits.
 inline void store_rounded(std::int16_t* p, Vec<float> a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
@@ -304,21 +288,6 @@ inline void store(double* p, Vec<double> a) { _mm256_storeu_pd(p, a.v); }
 inline void store(double* p, Vec<double> a, int n) { _mm256_maskstore_pd(p, first4(n), a.v); }
 
 // Words: 16-bit integers, two for each lane of Ints: 32-bit integers, as many as floats.
-struct Words {
-  static constexpr int N = 16;
-  __m256i v;
-};
-struct Ints {
-  __m256i v;
-};
-inline Words words(const std::int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-inline Words words(const std::int8_t* p) {
-  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-// acc + the products of neighbours, added in pairs
-inline Ints add_products(Ints acc, Words a, Words b) { return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))}; }
-inline Ints no_ints() { return {_mm256_setzero_si256()}; }
-inline Vec<float> to_float(Ints a) { return _mm256_cvtepi32_ps(a.v); }
 inline void store_rounded(std::int16_t* p, Vec<float> a) {
   const __m256i i = _mm256_cvtps_epi32(a.v);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

@@ -23,6 +23,41 @@ inline Int16x16 widen_to_16(const std::int8_t* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 
+// Words: 16-bit integers, two for each lane of Ints: 32-bit integers, as many as floats.
+#if defined(__AVX512F__)
+struct Words {
+  static constexpr int N = 32;
+  __m512i v;
+};
+struct Ints {
+  __m512i v;
+};
+inline Words words(const std::int16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Words words(const std::int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// acc + the products of neighbours, added in pairs
+inline Ints add_products(Ints acc, Words a, Words b) { return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))}; }
+inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+inline Vec<float> to_float(Ints a) { return _mm512_cvtepi32_ps(a.v); }
+#else
+struct Words {
+  static constexpr int N = 16;
+  __m256i v;
+};
+struct Ints {
+  __m256i v;
+};
+inline Words words(const std::int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Words words(const std::int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// acc + the products of neighbours, added in pairs
+inline Ints add_products(Ints acc, Words a, Words b) { return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))}; }
+inline Ints no_ints() { return {_mm256_setzero_si256()}; }
+inline Vec<float> to_float(Ints a) { return _mm256_cvtepi32_ps(a.v); }
+#endif
+
 // Asks for a cache line. In assembly, since GCC drops the calls of a function that does nothing else.
 inline void prefetch_line(const void* p) { asm volatile("prefetcht0 %a0" : : "p"(p)); }
 
