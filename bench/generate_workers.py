@@ -41,6 +41,7 @@ def with_qvl(folder: Path, format: str) -> dict:
             times.append(time.perf_counter() - begin)
         return amount / median(times) / 1e9
 
+    machine = facts()
     return results | {
         "import_s": imported - start,
         "load_s": loaded - imported,
@@ -53,7 +54,7 @@ def with_qvl(folder: Path, format: str) -> dict:
             for module in (model.model.language_model.layers, model.lm_head)
             for tensor in module.state_dict().values()
         ),
-        **{name: facts()[name] for name in ("cpu", "capability", "threads", "commit")},
+        **{name: machine[name] for name in ("cpu", "capability", "threads", "commit")},
         "fma_gflops": best(roofs().fma, roofs().fma_flops),
         "read_gbytes": best(roofs().read, READ_BYTES),
     }

@@ -119,8 +119,7 @@ def packed_linear(
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and
         rounded once. With "int8" and "int4" weights the kernels round x to 16-bit integers, a scale for each 128 of
         them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 rows both factors are rounded, x
-        to 1/16382 and W to 1/4094 of the largest of the 128; with "medium", where it acts, x to
-        1/254 and W not at all.
+        to 1/16382 and W to 1/4094 of the largest of the 128; with "medium" where it acts x to 1/254, W not at all.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.
@@ -152,20 +151,19 @@ def _product(
             return quick.run_unchecked(x, *operands, in_features, activation, residual, precision)
         except (TypeError, ValueError):
             pass
-    _check(x, weight, in_features, activation, residual)
-    if precision not in PRECISIONS:
-        raise ValueError(f"packed_linear: precision must be 'highest' or 'medium', got {precision!r}")
+    _check(x, weight, in_features, activation, residual, precision)
     if not _library.needs_dispatcher(x, residual, weight):
         return _packed_linear.choose(x, weight).forward(x, *operands, activation, residual, precision)
     extra = activation is not None or residual is not None
     if extra and torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
-        return reference.epilogue(
-            torch.ops.qvl.packed_linear(x, *operands, None, None, precision), activation, residual
-        )
+        product = torch.ops.qvl.packed_linear(x, *operands, None, None, precision)
+        return reference.epilogue(product, activation, residual)
     return torch.ops.qvl.packed_linear(x, *operands, activation, residual, precision)
 
 
-def _check(x: Tensor, weight: Tensor, in_features: int, activation: str | None, residual: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, in_features: int, activation: str | None, residual: Tensor | None, precision: str
+) -> None:
     op = "packed_linear"
     _checks.floating(op, x=x, residual=residual)
     if _checks.channels(op, "x", x) != in_features:
@@ -174,6 +172,8 @@ def _check(x: Tensor, weight: Tensor, in_features: int, activation: str | None, 
         raise ValueError(f"{op}: x must be on the weight's device {weight.device}, got {x.device}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be None, 'gelu_tanh' or 'swiglu', got {activation!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be 'highest' or 'medium', got {precision!r}")
     if activation == "swiglu" and weight.shape[0] % 2:
         raise ValueError(f"{op}: swiglu needs gate and up of one size, got {weight.shape[0]} output features")
     if residual is not None:

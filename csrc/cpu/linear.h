@@ -85,6 +85,26 @@ inline float quantize_block(const float* x, float limit, std::int16_t* q) {
   return most > 1e-30f || most != most ? most / limit : 0.0f;
 }
 
+// kBlock numbers of a row of x (of the last where there are fewer) from k on, as above, and zeros beyond its end.
+template <class T>
+float quantize_x(const PackedLinearParams& p, std::int64_t row, std::int64_t k, float limit, std::int16_t* q) {
+  float wide[kBlock];
+  const T* const from = p.x.as<T>() + std::min(row, p.x.size[0] - 1) * p.x.stride[0] + k;
+  widen(from, std::min<std::int64_t>(kBlock, p.x.size[1] - k), kBlock, wide);
+  return quantize_block(wide, limit, q);
+}
+
+// `count` words of 32 bits (of rows that have kWords) of eight rows, transposed to place j of a panel or a strip; `to`
+// has room for eight in a word.
+template <int kWords>
+void transpose_words(const float (*rows)[kWords], std::int64_t count, float* to, std::int64_t stride) {
+  for (std::int64_t i = 0; i < count; i += 8) {
+    const float* from[8];
+    for (int j = 0; j < 8; ++j) from[j] = rows[j] + i;
+    transpose8x8(from, to + i * stride, stride);
+  }
+}
+
 // y[row, first ... first + count) from sums of products; `up` are those of the second half with SwiGLU. What is read
 // of the sums are whole vectors.
 template <class T>

@@ -310,20 +310,17 @@ template <class T>
 void load_x(const PackedLinearParams& p, const Layout& at, std::int64_t row) {
   const std::int64_t k = p.x.size[1], stride = at.kinds * at.half;
   float* const memory = p.scratch.as<float>();
-  const T* const from = p.x.as<T>() + row * p.x.stride[0];
-  if (!is_quantized(p)) return widen(from, k, at.width, memory + at.x + row * at.width);
+  if (!is_quantized(p)) return widen(p.x.as<T>() + row * p.x.stride[0], k, at.width, memory + at.x + row * at.width);
   std::int16_t* const to = reinterpret_cast<std::int16_t*>(memory + at.x) + row * at.width;
   float *const steps = memory + at.step + row * stride, *const sums = memory + at.sum + row * stride;
   std::fill_n(steps, stride, 0.0f);
   std::fill_n(sums, stride, 0.0f);
   for (std::int64_t b = 0; b < at.width; b += kBlock) {
-    float wide[kBlock];
     std::int16_t q[kBlock];
-    widen(from + b, std::min<std::int64_t>(kBlock, k - b), kBlock, wide);
     if (at.kinds == 1)
-      steps[b / kBlock] = quantize_block(wide, kLimit, to + b);
+      steps[b / kBlock] = quantize_x<T>(p, row, b, kLimit, to + b);
     else
-      order_as_nibbles(q, quantize_block(wide, kLimit, q), to + b, steps + b / 64, sums + b / 64, at.half);
+      order_as_nibbles(q, quantize_x<T>(p, row, b, kLimit, q), to + b, steps + b / 64, sums + b / 64, at.half);
   }
 }
 

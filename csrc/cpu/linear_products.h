@@ -83,27 +83,14 @@ struct Integers {
   }
   static std::int64_t steps_at(std::int64_t depth) { return depth / 2 * kStrip + kStripSlack; }
 
-  static void transpose(const float* const (&rows)[8], float* to, std::int64_t stride) {
-    for (int i = 0; i < kPairs; i += 8) {
-      const float* from[8];
-      for (int j = 0; j < 8; ++j) from[j] = rows[j] + i;
-      transpose8x8(from, to + i * stride, stride);
-    }
-  }
   template <class T>
   static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
-    float pairs[kStrip][kPairs], wide[kBlock];
-    const float* eight[8];
-    for (int i = 0; i < 8; ++i) eight[i] = pairs[std::min(i, kStrip - 1)];
+    float pairs[8][kPairs] = {};
     for (std::int64_t k = 0; k < depth; k += kBlock) {
-      for (int r = 0; r < kStrip; ++r) {
-        const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
-        const std::int64_t n = std::min<std::int64_t>(kBlock, p.x.size[1] - k);
-        widen(p.x.as<T>() + row * p.x.stride[0] + k, n, kBlock, wide);
+      for (int r = 0; r < kStrip; ++r)
         strip[steps_at(depth) + k / kBlock * kStrip + r] =
-            quantize_block(wide, most_x(p), reinterpret_cast<std::int16_t*>(pairs[r]));
-      }
-      transpose(eight, strip + k / 2 * kStrip, kStrip);
+            quantize_x<T>(p, first + r, k, most_x(p), reinterpret_cast<std::int16_t*>(pairs[r]));
+      transpose_words(pairs, kPairs, strip + k / 2 * kStrip, kStrip);
     }
   }
   // 128 weights of one row as integers; returns their scale.
@@ -121,8 +108,6 @@ struct Integers {
   static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
                          std::int64_t depth, float* panel) {
     float pairs[8][kPairs];
-    const float* eight[8];
-    for (int i = 0; i < 8; ++i) eight[i] = pairs[i];
     float* const scales = panel + kDepth / 2 * kWidth;
     for (std::int64_t b = 0; b < depth; b += kBlock)
       for (int j = 0; j < kWidth; j += 8) {
@@ -134,7 +119,7 @@ struct Integers {
           else
             std::fill_n(pairs[i], kPairs, 0.0f);
         }
-        transpose(eight, panel + b / 2 * kWidth + j, kWidth);
+        transpose_words(pairs, kPairs, panel + b / 2 * kWidth + j, kWidth);
       }
   }
   static void add(const float* strip, std::int64_t whole, const float* panel, std::int64_t k, std::int64_t depth,

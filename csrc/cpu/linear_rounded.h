@@ -23,17 +23,6 @@
 
 namespace qvl::cpu {
 
-// `count` words (of a row that has kWords) of eight rows, transposed to place j of a panel or a strip; `to` has room
-// for eight in a word.
-template <int kWords>
-void transpose_words(const float (*rows)[kWords], std::int64_t count, float* to, std::int64_t stride) {
-  for (std::int64_t i = 0; i < count; i += 8) {
-    const float* from[8];
-    for (int j = 0; j < 8; ++j) from[j] = rows[j] + i;
-    transpose8x8(from, to + i * stride, stride);
-  }
-}
-
 // Products of unsigned 4-bit numbers with bytes. A float stands for four of them.
 template <bool kVnni>
 struct Fours {
@@ -49,13 +38,11 @@ struct Fours {
 
   template <class T>
   static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
-    float words[8][kBlock / 4] = {}, wide[kBlock];
+    float words[8][kBlock / 4] = {};
     std::int16_t integers[kBlock];
     for (std::int64_t k = 0; k < depth; k += kBlock) {
       for (int r = 0; r < kStrip; ++r) {
-        const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
-        widen(p.x.as<T>() + row * p.x.stride[0] + k, std::min<std::int64_t>(kBlock, p.x.size[1] - k), kBlock, wide);
-        const float step = quantize_block(wide, kMost, integers);
+        const float step = quantize_x<T>(p, first + r, k, kMost, integers);
         strip[steps_at(depth) + k / kBlock * kStrip + r] = step;
         std::int8_t* const to = reinterpret_cast<std::int8_t*>(words[r]);
         for (int i = 0; i < kBlock; ++i) to[i] = static_cast<std::int8_t>(integers[i]);
@@ -167,14 +154,11 @@ struct Bytes {
 
   template <class T>
   static void fill_strip(const PackedLinearParams& p, std::int64_t first, std::int64_t depth, float* strip) {
-    float words[8][kWords] = {}, wide[kBlock];
+    float words[8][kWords] = {};
     std::int16_t integers[kBlock];
     for (std::int64_t k = 0; k < depth; k += kBlock) {
       for (int r = 0; r < kStrip; ++r) {
-        const std::int64_t row = std::min(first + r, p.x.size[0] - 1);
-        const std::int64_t n = std::min<std::int64_t>(kBlock, p.x.size[1] - k);
-        widen(p.x.as<T>() + row * p.x.stride[0] + k, n, kBlock, wide);
-        strip[steps_at(depth) + k / kBlock * kStrip + r] = quantize_block(wide, kMost, integers);
+        strip[steps_at(depth) + k / kBlock * kStrip + r] = quantize_x<T>(p, first + r, k, kMost, integers);
         std::uint8_t* const to = reinterpret_cast<std::uint8_t*>(words[r]);
         for (int i = 0; i < kBlock; ++i) to[i] = static_cast<std::uint8_t>(integers[i] + 128);
       }
