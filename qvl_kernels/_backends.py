@@ -174,15 +174,16 @@ def unavailable(backend: str) -> str | None:
         return None
     if backend == "triton":
         return _triton_unavailable()
+    if backend in _CPU_CAPABILITIES:  # before its module is loaded: that alone runs the ISA's instructions
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability not in _CPU_CAPABILITIES[backend]:
+            return f"the CPU capability is {capability}, not {' or '.join(_CPU_CAPABILITIES[backend])}"
     try:
         native = module(backend, "")
     except ImportError as error:
         return build_report().get(_EXTENSIONS[backend]) or f"its compiled module does not load: {error}"
     if backend == "cuda":
         return _gpu_unavailable((6, 1)) or build_report().get("cuda_images") or native.driver_status()
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in _CPU_CAPABILITIES[backend]:
-        return f"the CPU capability is {capability}, not {' or '.join(_CPU_CAPABILITIES[backend])}"
     return None
 
 

@@ -32,6 +32,14 @@ def test_the_cpu_capability_rules_the_choice(capability, expected):
     assert run(code, ATEN_CPU_CAPABILITY=capability, TRITON_INTERPRET="0").stdout.strip() == expected
 
 
+@pytest.mark.parametrize(("capability", "missing"), [("avx2", {"avx512"}), ("default", {"avx512", "avx2"})])
+def test_no_module_is_loaded_whose_instructions_the_cpu_may_lack(capability, missing):
+    code = "import sys, qvl_kernels as k; k.explain(); print(*sys.modules)"
+    loaded = run(code, ATEN_CPU_CAPABILITY=capability).stdout.split()
+    assert "qvl_kernels.rms_norm" in loaded
+    assert not {f"qvl_kernels._cpu_{isa}" for isa in missing} & set(loaded)
+
+
 def test_the_environment_forces_a_backend():
     code = "import torch, qvl_kernels as k; k.rms_norm(torch.ones(1, 2), torch.ones(2), 1e-6)"
     assert run(code, QVL_BACKEND="reference").returncode == 0
