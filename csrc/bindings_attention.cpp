@@ -252,7 +252,8 @@ std::int64_t sparse_attention(const TensorView& query, const TensorView& key, co
                               const TensorView& out, const Optional& lse, const TensorView& scratch,
                               const py::tuple& blocks) {
   const SparseAttentionParams p = sparse_params(query, key, value, out, lse, scratch, blocks);
-  return run(cpu::sparse_attention_scratch_bytes(p, threads()), scratch, [p] { cpu::sparse_attention(p); });
+  return run(cpu::sparse_attention_scratch_bytes(p, threads()), scratch,
+             [p, n = threads()] { cpu::sparse_attention(p, n); });
 }
 
 std::int64_t sparse_attention_backward(const TensorView& grad_out, const TensorView& grad_query,

@@ -68,7 +68,7 @@ enum class Activation : int { none, gelu_tanh, swiglu };
 struct PackedLinearParams {
   TensorView x, weight, scale, minimum, bias, residual, y, scratch;
   Activation activation;
-  bool rounded;  // x may be rounded to the width of the weights
+  bool rounded;  // both factors may be rounded, as precision="medium" says
 };
 
 // Attention over listed blocks of `block` queries and keys. offsets (H or 1, blocks of queries + 1) int32 say where the
@@ -136,7 +136,7 @@ std::int64_t packed_linear_backward_scratch_bytes(const PackedLinearParams& p, s
 void packed_linear_backward(const PackedLinearParams& p, std::int64_t threads);
 std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std::int64_t threads);
 std::int64_t sparse_attention_backward_scratch_bytes(const SparseAttentionParams& p, std::int64_t threads);
-void sparse_attention(const SparseAttentionParams& p);
+void sparse_attention(const SparseAttentionParams& p, std::int64_t threads);
 void sparse_attention_backward(const SparseAttentionBackwardParams& p);
 double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
 double int8_loop(std::int64_t steps, std::int64_t threads, float* sink);

@@ -3,9 +3,9 @@
 // Regime: arithmetic (prompts). Per query row and listed key 2 (D + Dv) FLOPs. A block of queries is only 64 G rows,
 // too few to pay for packing its keys, so that they are packed once for all blocks of queries:
 //
-//   slot    memory for one KV head's packed keys, 4 L (D + Dv) bytes. Whoever needs a cell first packs it. Heads follow
-//           each other in the slots that kSlotBytes hold, in two at least, so that no thread waits for the last rows of
-//           a head before it begins the next; a thread alone has one, which stays in L3 more easily
+//   stream  every so manieth KV head, one after the other, in one memory for a head's packed keys, 4 L (D + Dv) bytes.
+//           There are as many streams as threads, or as heads: a thread works on a stream of its own, from cells that
+//           it packed itself, and then helps with the others. Whoever needs a cell first packs it
 //   rows    those of one query block and the heads that share its list, cut into chunks of 258 = 43 strips at most
 //   tile    192 keys, three cells of 64 from anywhere: what the strip sees of each goes to its row of scores one after
 //           the other, and from there on nothing knows of blocks; softmax and the strips' group are attention.cpp's
@@ -31,31 +31,33 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr std::int64_t kSlotBytes = 4 << 20;
 constexpr int kMaxRows = 43 * kStrip;
 constexpr int kCells = kScoreRow / 32;
 
 using Flag = std::atomic<std::uint8_t>;
-using Count = std::atomic<std::int64_t>;
 
-// Scratch in elements of the compute type, after how many tasks of each head are done and which of its cells are
-// packed: packed keys, a slot a head; a part a thread.
+// How many tasks of a head are taken, and how many done.
+struct Progress {
+  std::atomic<std::int64_t> taken{0}, done{0};
+};
+
+// Scratch in elements of the compute type, after the heads' progress and which of their cells are packed: packed keys,
+// those of a head for each stream; a part a thread.
 struct Layout {
   std::int64_t dim, dim_v, columns, keys;  // D, Dv, Dv rounded up to whole panels, Lk to whole blocks
   std::int64_t heads, cells, head_size;    // KV heads; of each the cells, the elements of its packed keys
-  std::int64_t slots, flags;               // heads that have memory at once; bytes of all flags
+  std::int64_t streams, flags;             // bytes of all flags
   std::int64_t query, out, scores, top, total, thread_size;
 
-  Layout(const SparseAttentionParams& p, std::int64_t bytes, int panel)
+  Layout(const SparseAttentionParams& p, std::int64_t threads, int panel)
       : dim(p.attention.query.size[3]),
         dim_v(p.attention.value.size[3]),
         columns(round_up(dim_v, panel)),
         keys(key_blocks(p) * p.block) {
     heads = p.attention.query.size[0] * p.attention.key.size[1];
     cells = keys / cell_of(p), head_size = keys * (dim + columns);
-    slots = std::max<std::int64_t>(2, kSlotBytes / std::max<std::int64_t>(head_size * bytes, 1));
-    slots = std::min(slots, std::max<std::int64_t>(heads, 1));
-    flags = round_up(heads * (static_cast<std::int64_t>(sizeof(Count)) + cells), 64);
+    streams = std::max<std::int64_t>(1, std::min(threads, heads));
+    flags = round_up(heads * (static_cast<std::int64_t>(sizeof(Progress)) + cells), 64);
     std::int64_t at = 0;
     const auto take = [&](std::int64_t n) {
       const std::int64_t start = at;
@@ -256,37 +258,46 @@ class Chunk {
 };
 
 template <class T>
-void forward(const SparseAttentionParams& p) {
+void forward(const SparseAttentionParams& p, std::int64_t threads) {
   using A = Acc<T>;
   const AttentionParams& f = p.attention;
-  const Layout at(p, sizeof(A), kPanel<A>);
+  const Layout at(p, threads, kPanel<A>);
   const Sharing sharing(p);
-  auto* const bytes = f.scratch.as<std::uint8_t>();
-  auto* const done = reinterpret_cast<Count*>(bytes);
-  auto* const flags = reinterpret_cast<Flag*>(done + at.heads);
-  for (std::int64_t i = 0; i < at.heads; ++i) new (done + i) Count(0);
+  auto* const progress = f.scratch.as<Progress>();
+  auto* const flags = reinterpret_cast<Flag*>(progress + at.heads);
+  for (std::int64_t i = 0; i < at.heads; ++i) new (progress + i) Progress;
   for (std::int64_t i = 0; i < at.heads * at.cells; ++i) new (flags + i) Flag(kNothing);
-  A* const packed = reinterpret_cast<A*>(bytes + at.flags);
-  A* const threads = packed + at.slots * at.head_size;
-  const std::int64_t workers =
-      (f.scratch.numel() - (reinterpret_cast<std::uint8_t*>(threads) - bytes)) / (at.thread_size * sizeof(A));
-  const bool alone = workers == 1 || openmp().max_threads == nullptr || openmp().max_threads() == 1;
-  const std::int64_t slots = alone ? 1 : at.slots;
+  A* const packed = reinterpret_cast<A*>(f.scratch.as<char>() + at.flags);
+  A* const scratch = packed + at.streams * at.head_size;
   // Rows of a query block go in `chunks` parts of `size` rows.
   const std::int64_t rows = p.block * sharing.heads, chunks = blocks_of(rows, kMaxRows);
   const std::int64_t size = round_up(blocks_of(rows, chunks), kStrip);
-  const std::int64_t of_head = sharing.count * query_blocks(p) * chunks;
-  const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
-  parallel_tasks(at.heads * of_head, work, workers, [&](std::int64_t task, std::int64_t w) {
-    const std::int64_t head = task / of_head, block = task / chunks % query_blocks(p), slot = head % slots;
-    if (head >= slots)
-      while (done[head - slots].load(std::memory_order_acquire) < of_head) std::this_thread::yield();
-    const Head<T> rows_of = head_of<T>(p, sharing, head, task % of_head / (query_blocks(p) * chunks));
-    const std::int64_t begin = block * rows + task % chunks * size;
+  const std::int64_t of_block = chunks, of_sharing = query_blocks(p) * of_block, of_head = sharing.count * of_sharing;
+  const auto run = [&](std::int64_t head, std::int64_t task, A* own) {
+    const std::int64_t block = task / of_block % query_blocks(p);
+    const Head<T> rows_of = head_of<T>(p, sharing, head, task / of_sharing);
+    const std::int64_t begin = block * rows + task % of_block * size;
     const std::int64_t end = std::min({begin + size, (block + 1) * rows, rows_of.rows()});
-    const PackedHead<T> keys(rows_of, at, cell_of(p), packed + slot * at.head_size, flags + head * at.cells);
-    if (begin < end) Chunk<T>(p, rows_of, at, keys, threads + w * at.thread_size).run(block, begin, end - begin);
-    done[head].fetch_add(1, std::memory_order_release);
+    const PackedHead<T> keys(rows_of, at, cell_of(p), packed + head % at.streams * at.head_size,
+                             flags + head * at.cells);
+    if (begin < end) Chunk<T>(p, rows_of, at, keys, own).run(block, begin, end - begin);
+  };
+  // Whoever comes here has seen all tasks of the stream's head before taken, by threads that are at them.
+  const auto help = [&](std::int64_t head, A* own) {
+    if (progress[head].taken.load(std::memory_order_relaxed) >= of_head) return;
+    if (head >= at.streams)
+      while (progress[head - at.streams].done.load(std::memory_order_acquire) < of_head) std::this_thread::yield();
+    for (std::int64_t task; (task = progress[head].taken.fetch_add(1, std::memory_order_relaxed)) < of_head;) {
+      run(head, task, own);
+      progress[head].done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
+  parallel_for(std::min(threads, at.heads * of_head), work, [&](std::int64_t first, std::int64_t last) {
+    A* const own = scratch + first * at.thread_size;
+    for (std::int64_t stream = first; stream < last; ++stream)
+      for (std::int64_t head = stream % at.streams; head < at.heads; head += at.streams) help(head, own);
+    for (std::int64_t head = 0; head < at.heads; ++head) help(head, own);
   });
 }
 
@@ -294,13 +305,12 @@ void forward(const SparseAttentionParams& p) {
 
 std::int64_t sparse_attention_scratch_bytes(const SparseAttentionParams& p, std::int64_t threads) {
   const bool wide = p.attention.query.dtype == DType::f64;
-  const std::int64_t bytes = wide ? 8 : 4;
-  const Layout at(p, bytes, wide ? kPanel<double> : kPanel<float>);
-  return at.flags + (at.slots * at.head_size + threads * at.thread_size) * bytes;
+  const Layout at(p, threads, wide ? kPanel<double> : kPanel<float>);
+  return at.flags + (at.streams * at.head_size + threads * at.thread_size) * (wide ? 8 : 4);
 }
 
-void sparse_attention(const SparseAttentionParams& p) {
-  with_storage_type(p.attention.query.dtype, [&](auto t) { forward<decltype(t)>(p); });
+void sparse_attention(const SparseAttentionParams& p, std::int64_t threads) {
+  with_storage_type(p.attention.query.dtype, [&](auto t) { forward<decltype(t)>(p, threads); });
 }
 
 }  // namespace qvl::cpu
