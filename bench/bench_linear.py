@@ -5,7 +5,8 @@ call, from 400 MB of copies, as a model's layers follow each other: no cache hol
 int4 is that of the int8 instructions (`int8_loop` in `csrc/cpu/roof.cpp`: `vpmaddubsw`, `vpmaddwd` and `vpaddd`, or
 `vpdpbusd` where AVX-512 has VNNI). torch: F.linear in float32, over copies too; for "bf16" and "medium" on bfloat16 x
 and W where the CPU has an instruction for it and AVX-512 is not ruled out. "medium" is `precision`; where the CPU
-multiplies no faster that way it computes the same as without.
+multiplies no faster that way it computes the same as without. "bf16" with it is related to the FMA roof too, and passes
+it where integers or bfloat16 numbers are multiplied.
 """
 
 from __future__ import annotations

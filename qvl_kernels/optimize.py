@@ -65,7 +65,7 @@ def optimize(model: Model, *, weights: str | None = None, attention: bool = True
             float32 ones. A layer on another device than the CPU is left.
         attention: whether `F.scaled_dot_product_attention` inside the model's forward runs ours; models of transformers
             switch to `attn_implementation="qvl"`.
-        precision: of `packed_linear`: "medium" lets activations be rounded where the CPU then multiplies faster.
+        precision: of `packed_linear`: "medium" lets factors be rounded where the CPU then multiplies faster.
 
     Returns:
         model.

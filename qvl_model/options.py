@@ -25,8 +25,8 @@ WeightsOption = Annotated[
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        help="medium rounds activations of prompts and pictures to the width of the weights where this CPU then "
-        "multiplies faster; highest does not."
+        help="medium rounds what prompts and pictures multiply, to 12 bits or to the width of the weights, where this "
+        "CPU then multiplies faster; highest does not."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

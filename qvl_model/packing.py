@@ -8,9 +8,9 @@ format allows, products that read the same input as one.
 "int4" keeps the head and the vision encoder in "int8": a few percent of the bytes that a token reads, and the first to
 lose accuracy. The embedding table stays as it is stored: of it a step reads one row a token.
 
-Prompts and pictures have the activations of a product rounded to the width of its weights where the CPU then multiplies
-faster (`packed_linear(precision="medium")`): less than bfloat16 models of other libraries round, which keep everything
-between the layers in it too. Tokens that follow, one row at a time, never do.
+Prompts and pictures have the factors of a product rounded, to 12 bits or to the width of the weights, where the CPU
+then multiplies faster (`packed_linear(precision="medium")`): less than bfloat16 models of other libraries round, which
+keep everything between the layers in it too. Tokens that follow, one row at a time, never do.
 """
 
 from __future__ import annotations

@@ -92,7 +92,10 @@ void with_product(const PackedLinearParams& p, const F& f) {
 #if defined(__AVX512F__)
   const bool halves = p.weight.dtype == DType::bf16 && (p.rounded || p.x.dtype == DType::bf16);
   if (halves && has_fast_bf16()) return f(Halves{}, k);
+#else
+  if (p.rounded && !has_vnni()) return f(Integers<false>{}, blocks);
 #endif
+  if (p.rounded && has_vnni()) return f(Integers<true>{}, blocks);
   f(Floats<false>{}, k);
 }
 

@@ -3,10 +3,12 @@
 //   Floats     float32 and bfloat16 weights, floats in both; and the gradient, whatever the format, from decoded rows
 //   of
 //              W in panels of columns
-//   Integers   int8 and int4 weights and x as pairs of int16, x with a step for each 128. For int8 |w| <= 127, |x| <=
-//              32767. int4 weights are rounded again, to 11 bits with a scale for 128 of a row, |w| <= 2047, |x| <=
+//   Integers   weights and x as pairs of int16 with steps for each 128, such that a sum of 128 products stays below
+//   2^31.
+//              int8: |w| <= 127, |x| <= 32767. Others are rounded: int4 weights again, to 11 bits, |w| <= 2047, |x| <=
 //              8191: the product then costs what int8 costs, and has lost 1 / 4094 of the largest weight, a hundredth
-//              of what int4 has lost. A sum of 128 products stays below 2^31
+//              of what int4 has lost. float32 and bfloat16 weights where the caller lets x be rounded, both to 12
+//              bits, <= 4095: an eighth of what rounding to bfloat16 loses of a normal number, at int8's price
 //
 // linear_rounded.h has those that round x to the width of the weights.
 //
@@ -76,8 +78,9 @@ struct Integers {
   static constexpr std::int64_t kDepth = 512;
   static constexpr std::int64_t kBlocks = kDepth / kBlock;
   static constexpr std::int64_t kPanelFloats = (kDepth / 2 + kBlocks) * kWidth;
-  static constexpr float kMostInt4 = 2047.0f;
-  static float most_x(const PackedLinearParams& p) { return p.weight.dtype == DType::i8 ? 32767.0f : 8191.0f; }
+  static float most_x(const PackedLinearParams& p) {
+    return p.weight.dtype == DType::i8 ? 32767.0f : p.weight.dtype == DType::u8 ? 8191.0f : 4095.0f;
+  }
   static std::int64_t strip_floats(std::int64_t depth) {
     return (depth / 2 + depth / kBlock) * kStrip + 2 * kStripSlack;
   }
@@ -102,8 +105,8 @@ struct Integers {
       return bf16_at(p.scale, n * p.scale.size[1] + k / kBlock);
     }
     float wide[kBlock];
-    decode(p, n, k, kBlock, kBlock, wide);
-    return quantize_block(wide, kMostInt4, to);
+    decode(p, n, k, std::min<std::int64_t>(kBlock, p.x.size[1] - k), kBlock, wide);
+    return quantize_block(wide, p.weight.dtype == DType::u8 ? 2047.0f : 4095.0f, to);
   }
   static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
                          std::int64_t depth, float* panel) {
