@@ -19,6 +19,7 @@ from .cache import KVCache
 from .config import Qwen3VLConfig
 from .inputs import Inputs, left_aligned
 from .media import distinct
+from .memory import unmap_read_pages
 from .planning import CACHES, Plan
 from .positions import position_ids as compute_position_ids
 from .positions import text_rope
@@ -197,6 +198,8 @@ class Qwen3VL(nn.Module):
                 raise ValueError(f"pixel values and {name} must be given together")
         input_ids, position_ids, lengths, order = left_aligned(input_ids, attention_mask, position_ids)
         embeds = self.model.language_model.embed_tokens(input_ids).to(self.dtype)
+        if input_ids.numel() >= 64 and not embeds.requires_grad and not self.head_is_table:
+            unmap_read_pages(self.model.language_model.embed_tokens.weight)
         no_media = pixel_values is None and pixel_values_videos is None
         if no_media and cache is not None and input_ids.shape[1] == 1 and cache.lengths.all():
             # A token just generated is text, even if the model chose a placeholder.

@@ -10,13 +10,13 @@ what does not fit.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from .memory import whole_pages
 from .model import Qwen3VL
 
 _WILLNEED, _PAGEOUT = 3, 21  # of linux/mman.h
@@ -28,8 +28,7 @@ def advise(tensors: Sequence[Tensor], advice: int) -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     for tensor in tensors:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        start, length = whole_pages(tensor)
         if length > 0:  # an old kernel that does not know the advice answers with an error, which changes nothing
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 

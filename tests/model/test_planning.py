@@ -1,12 +1,15 @@
 """Plans: predicted bytes against the tensors there are, what is chosen for little memory, weights that come and go."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from checkpoints import write_checkpoint
 from tiny import prompt, tiny_config, tiny_model
 from typer.testing import CliRunner
 
-from qvl_model import Qwen3VL, Qwen3VLConfig, paging, planning
+from qvl_model import Qwen3VL, Qwen3VLConfig, memory, paging, planning
 from qvl_model.cli import app
 from qvl_model.decoding import Decoder
 from qvl_model.pack_file import pack_checkpoint
@@ -135,3 +138,48 @@ def test_the_command_explains_the_plan(packed):
 def test_a_wrong_cache_format_is_named():
     with pytest.raises(ValueError, match="cache must be one of fp32, bf16, fp16, int8, got 'int3'"):
         tiny_model().generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache="int3")
+
+
+def resident_pages(tensor):
+    start, length = memory.whole_pages(tensor)
+    with open("/proc/self/pagemap", "rb", buffering=0) as stream:
+        stream.seek(start // mmap.PAGESIZE * 8)
+        entries = torch.frombuffer(bytearray(stream.read(length // mmap.PAGESIZE * 8)), dtype=torch.int64)
+    return int((entries < 0).sum())  # the highest bit
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are Linux's")
+def test_pages_that_were_only_read_are_unmapped(tmp_path):
+    numbers = torch.arange(200_000)
+    path = tmp_path / "table"
+    path.write_bytes(numbers.numpy().tobytes())
+    table = torch.from_file(str(path), shared=False, size=len(numbers), dtype=torch.int64)
+    assert torch.equal(table, numbers)
+    assert resident_pages(table) > 100
+    memory.unmap_read_pages(table)
+    assert resident_pages(table) == 0
+    assert torch.equal(table, numbers)
+    table[70_000] = -1  # the page is a copy now, that only this process has
+    memory.unmap_read_pages(table)
+    assert resident_pages(table) > 100
+    assert table[70_000] == -1
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(10_000), torch.arange(3), torch.arange(0)])
+def test_a_tensor_in_memory_is_not_unmapped(tensor):
+    kept = tensor.clone()
+    memory.unmap_read_pages(tensor)
+    assert torch.equal(tensor, kept)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are Linux's")
+def test_a_prompt_leaves_no_pages_of_the_table(packed):
+    model = Qwen3VL.from_pretrained(packed)
+    table = model.model.language_model.embed_tokens.weight
+    ids = torch.tensor([prompt(80)])
+    with torch.no_grad():
+        model(ids[:, :8])
+        assert resident_pages(table) > 0
+        first = model(ids).logits
+        assert resident_pages(table) == 0
+        assert torch.equal(model(ids).logits, first)
