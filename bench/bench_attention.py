@@ -2,7 +2,8 @@
 
 FLOPs: 2 Lq Lk (D + Dv) B Hq, half of it where causal (Lq = Lk); backward 2.5 times that. Bytes: q, k, v and out once.
 torch: F.scaled_dot_product_attention; for packed segments one call a segment; for int8 caches it after a conversion to
-float32. The reference is left out where it takes seconds.
+float32. The reference is left out where it takes seconds. "medium" is `precision`: integers in both products, which pass
+the FMA roof; where the CPU multiplies no faster that way it computes the same as without.
 Shapes: prompts and decode steps of Qwen3-VL-2B's text model (16 / 8 heads of 128), images of its vision tower (16 heads
 of 64); 16384 tokens with a quarter of the heads.
 """
@@ -51,6 +52,20 @@ def bench_causal(compare, batch, length, heads, dtype):
     ours = lambda: attention(q, k, v, causal=True)  # noqa: E731
     own = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
     compare(case, ours, (lambda: plain(q, k, v, True)) if length <= 1024 else None, own, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "dim", "causal"),
+    [(1024, (16, 8), 128, True), (4096, (16, 8), 128, True), (4096, (16, 16), 64, False)],
+)
+def bench_rounded(compare, length, heads, dim, causal):
+    q, k, v = qkv(1, *heads, length, length, dim, torch.float32)
+    flops = 4 * length**2 * dim * heads[0] / (2 if causal else 1)
+    shape = f"{heads[0]}/{heads[1]} x {dim}, fp32, medium"
+    case = Case("attention", f"1 x {length} {'causal ' * causal}{shape}", flops, 2 * q.nbytes + 2 * k.nbytes)
+    ours = lambda: attention(q, k, v, causal=causal, precision="medium")  # noqa: E731
+    own = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)  # noqa: E731
+    compare(case, ours, None, own, 2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

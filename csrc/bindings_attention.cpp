@@ -23,6 +23,7 @@ struct AttentionOptions {
   double scale;
   bool causal;
   std::int64_t left = -1, right = -1;
+  bool rounded = false;
   Optional mask, key_lengths, offsets_q, offsets_k, key_scale, value_scale;
 
   AttentionOptions(double s, bool c) : scale(s), causal(c) {}
@@ -31,12 +32,13 @@ struct AttentionOptions {
         causal(options[1].cast<bool>()),
         left(options[2].cast<std::int64_t>()),
         right(options[3].cast<std::int64_t>()),
-        mask(options[4].cast<Optional>()),
-        key_lengths(options[5].cast<Optional>()),
-        offsets_q(options[6].cast<Optional>()),
-        offsets_k(options[7].cast<Optional>()),
-        key_scale(options[8].cast<Optional>()),
-        value_scale(options[9].cast<Optional>()) {}
+        rounded(options[4].cast<bool>()),
+        mask(options[5].cast<Optional>()),
+        key_lengths(options[6].cast<Optional>()),
+        offsets_q(options[7].cast<Optional>()),
+        offsets_k(options[8].cast<Optional>()),
+        key_scale(options[9].cast<Optional>()),
+        value_scale(options[10].cast<Optional>()) {}
 };
 
 // What forward and backward have in common, checked.
@@ -46,6 +48,7 @@ AttentionParams attention_params(const TensorView& query, const TensorView& key,
   AttentionParams p{};
   p.query = query, p.key = key, p.value = value, p.out = out, p.scratch = scratch;
   p.scale = options.scale, p.causal = options.causal, p.left = options.left, p.right = options.right;
+  p.rounded = options.rounded;
   const auto& [mask, key_lengths, offsets_q, offsets_k, key_scale, value_scale] = std::tie(
       options.mask, options.key_lengths, options.offsets_q, options.offsets_k, options.key_scale, options.value_scale);
   require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4 && is_float(query.dtype), "attention: tensors");

@@ -27,6 +27,7 @@ struct AttentionParams {
   double scale;
   bool causal;
   std::int64_t left, right;
+  bool rounded;  // all that is multiplied may be rounded, as precision="medium" says
 };
 
 // The gradients of a call whose `out` and `lse` are kept. grad_out as out; grad_query, grad_key and grad_value have the

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     causal: bool = False
     left: int = -1
     right: int = -1
+    rounded: bool = False
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
     offsets_q: Tensor | None = None
@@ -52,7 +53,7 @@ class Reference:
         self, query: Tensor, key: Tensor, value: Tensor, options: Options, save_lse: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, one block of scores at a time where they are many."""
-        scale, causal, left, right, mask, lengths, offsets_q, offsets_k, key_scale, value_scale = options
+        scale, causal, left, right, _, mask, lengths, offsets_q, offsets_k, key_scale, value_scale = options
         if key_scale is not None and value_scale is not None:
             wide = compute_dtype(query.dtype)
             out, lse = self.forward(
@@ -84,7 +85,7 @@ class Reference:
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale, causal, left, right, mask, lengths, offsets_q, offsets_k, *_ = options
+        scale, causal, left, right, _, mask, lengths, offsets_q, offsets_k, *_ = options
         saved = grad, query, key, value, out, lse
         if offsets_q is not None and offsets_k is not None:
             return varlen_reference.backward(*saved, offsets_q.tolist(), offsets_k.tolist(), scale, causal, left, right)
@@ -211,8 +212,8 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[7:])
-    ctx.options = inputs[3:7]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[8:])
+    ctx.options = inputs[3:8]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
@@ -227,7 +228,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> t
 
 
 _OPTIONS = (
-    "float scale, bool causal, int left, int right, Tensor? mask, Tensor? key_lengths, Tensor? offsets_q,"
+    "float scale, bool causal, int left, int right, bool rounded, Tensor? mask, Tensor? key_lengths, Tensor? offsets_q,"
     " Tensor? offsets_k, Tensor? key_scale, Tensor? value_scale"
 )
 _library.define(

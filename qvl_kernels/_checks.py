@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PRECISIONS = ("highest", "medium")
+
+
+def precision(op: str, name: str) -> str:
+    """The name, one of PRECISIONS."""
+    if name not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be 'highest' or 'medium', got {name!r}")
+    return name
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:

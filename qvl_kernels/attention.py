@@ -24,6 +24,7 @@ def attention(
     key_lengths: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """out = softmax(scale q k^T + mask) v over the keys that a query may see.
 
@@ -47,6 +48,9 @@ def attention(
         key_lengths: (B,) integers, the valid keys of each row of a ragged cache; values are clamped to [0, Lk].
         key_scale: (B, Hkv, Lk) float32 where key and value are int8 (`quantize_kv`): the keys are key * key_scale.
         value_scale: likewise for value; both or none.
+        precision: as of `torch.set_float32_matmul_precision`. "medium" lets what is multiplied be rounded to integers
+            where the CPU then multiplies faster (AVX2, or AVX-512 with VNNI), with more than 16 query rows for each key
+            head; elsewhere, and for gradients, it is "highest".
 
     Returns:
         (B, Hq, Lq, Dv) in query's dtype. A query that sees no key gives zeros, and zero gradients.
@@ -56,6 +60,13 @@ def attention(
     even size. An output then moves by at most (exp(2 error) - 1) max|v|. The weights of the values, p value_scale, are
     rounded to 15 bits of the largest among 64 keys: an output moves by at most 64 / 65534 of 128 max(value_scale), a
     quarter of what the rounding of the values may do.
+
+    With "medium" queries and keys have integers up to n = sqrt(2^31 / D), 4095 for D = 128, a scale for each row; with
+    q' = scale q, |error of a score| <= (max|q'| |k|_1 + max|k| |q'|_1) / 2n and the product of both errors. Of 64 keys
+    at a time, weights become integers up to 16384 for the largest, values up to 2047 for the largest of their column, and
+    an output moves by at most (64 / 32766 + 1 / 4094) max|v| more. On normal numbers that is 0.04 % of the output,
+    bfloat16's error is 0.35 %. A value that is not finite makes its column NaN for all that see one of its 64 keys.
+    Rows that see fewer than 256 keys on average are not rounded.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.
@@ -67,11 +78,13 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     torch.Size([1, 4, 3, 8])
     """
-    if mask is key_lengths is key_scale is value_scale is window is None and (first := softmax_attention.preferred()):
+    plain = mask is key_lengths is key_scale is value_scale is window is None and precision == "highest"
+    if plain and (first := softmax_attention.preferred()):
         out = first.plain(query, key, value, causal, scale)
         if out is not None:
             return out
     op = "attention"
+    rounded = _checks.precision(op, precision) == "medium"
     if key_scale is None and value_scale is None:
         key, value = _check_floating(query, key, value)
     else:
@@ -90,7 +103,7 @@ def attention(
             raise TypeError(f"{op}: key_lengths must be integers, got {key_lengths.dtype}")
     if scale is None:
         scale = 1 / math.sqrt(dim) if dim else 1.0
-    options = Options(scale, causal, left, right, mask, key_lengths, None, None, key_scale, value_scale)
+    options = Options(scale, causal, left, right, rounded, mask, key_lengths, None, None, key_scale, value_scale)
     return softmax_attention.choose(query, key, value, mask).run(query, key, value, options)
 
 

@@ -20,6 +20,7 @@ def attention_varlen(
     causal: bool = False,
     scale: float | None = None,
     window: tuple[int, int] | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """out[s] = softmax(scale q[s] k[s]^T) v[s] for every segment s; segments do not see each other.
 
@@ -32,7 +33,7 @@ def attention_varlen(
         value: (Tk, Hkv, Dv).
         cu_seqlens_q: (S + 1,) int32 or int64, ascending from 0 to Tq.
         cu_seqlens_k: (S + 1,) likewise, from 0 to Tk.
-        causal, scale, window: as in `attention`, aligned bottom-right within each segment.
+        causal, scale, window, precision: as in `attention`, aligned bottom-right within each segment.
 
     Returns:
         (Tq, Hq, Dv) in query's dtype.
@@ -48,6 +49,7 @@ def attention_varlen(
     torch.Size([5, 2, 8])
     """
     op = "attention_varlen"
+    rounded = _checks.precision(op, precision) == "medium"
     _checks.floating(op, query=query, key=key, value=value)
     _checks.shape(op, "query", query, "(Tq, Hq, D)", (None, None, None))
     tokens_q, heads_q, dim = query.shape
@@ -62,7 +64,7 @@ def attention_varlen(
         raise ValueError(f"{op}: cu_seqlens_k must have cu_seqlens_q's {segments_q} segments, got {segments_k}")
     if scale is None:
         scale = 1 / math.sqrt(dim) if dim else 1.0
-    options = Options(scale, causal, left, right, None, None, cu_seqlens_q.long(), cu_seqlens_k.long())
+    options = Options(scale, causal, left, right, rounded, None, None, cu_seqlens_q.long(), cu_seqlens_k.long())
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     return _attention_varlen.choose(query, key, value).run(query, key, value, options)[0].transpose(0, 1)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _backends, _checks, _library, _packing
+from ._checks import PRECISIONS
 from ._packing import FORMATS
 from ._tensors import Scratch, unit_stride
 from .reference import linear as reference
 
 ACTIVATIONS = (None, "gelu_tanh", "swiglu")
-PRECISIONS = ("highest", "medium")
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,7 @@ def _check(
         raise ValueError(f"{op}: x must be on the weight's device {weight.device}, got {x.device}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be None, 'gelu_tanh' or 'swiglu', got {activation!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"{op}: precision must be 'highest' or 'medium', got {precision!r}")
+    _checks.precision(op, precision)
     if activation == "swiglu" and weight.shape[0] % 2:
         raise ValueError(f"{op}: swiglu needs gate and up of one size, got {weight.shape[0]} output features")
     if residual is not None:

@@ -88,14 +88,16 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Fused:
-    """Softmax attention over all keys."""
+    """Softmax attention over all keys; `precision` is that of `qvl_kernels.attention`, for more than a few tokens."""
+
+    precision: str = "highest"
 
     def store(self, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Store:
         return FullStore(shape, dtype, device)
 
     def text(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
         if step.cache is None:
-            return attention(query, key, value, causal=True)
+            return attention(query, key, value, causal=True, precision=self.precision)
         store = step.cache.stores[layer]
         assert isinstance(store, FullStore)
         store.append(step.cache.lengths, key, value)
@@ -104,10 +106,11 @@ class Fused:
         dtype, stored = query.dtype, key.dtype
         if stored.is_floating_point and not (dtype == torch.float32 and stored in _HALVES):
             query = query.to(stored)
-        return attention(query, key, value, causal=True, key_lengths=step.key_lengths, **quantized)
+        precision = self.precision if query.shape[2] > 16 else "highest"
+        return attention(query, key, value, causal=True, key_lengths=step.key_lengths, precision=precision, **quantized)
 
     def vision(self, layer: int, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
-        return attention_varlen(query, key, value, offsets, offsets)
+        return attention_varlen(query, key, value, offsets, offsets, precision=self.precision)
 
 
 @dataclass(frozen=True)

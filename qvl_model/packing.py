@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from qvl_kernels import PackedLinear, pack_linear
 
+from .attention import Fused
 from .layers import SwiGLU
 from .model import Qwen3VL
 from .text import TextAttention
+from .vision import VisionAttention
 
 FORMATS = ("bf16", "int8", "int4")
 _JOINED = {
@@ -97,10 +99,13 @@ def expect_packed(model: Qwen3VL, weights: str, *, joined: bool, stored: torch.d
 
 
 def set_precision(model: nn.Module, precision: str) -> None:
-    """ "highest" or "medium" of `packed_linear`, in every packed layer."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.precision = precision
+    """ "highest" or "medium" of `packed_linear`, in every packed layer, and of `attention` in a model that has any."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in packed:
+        layer.precision = precision
+    for module in model.modules() if packed else ():
+        if isinstance(module, (TextAttention, VisionAttention)) and isinstance(module.kind, Fused):
+            module.kind = replace(module.kind, precision=precision)
 
 
 def sites(model: Qwen3VL, weights: str, joined: bool) -> Iterator[Site]:

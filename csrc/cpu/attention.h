@@ -19,6 +19,11 @@ bool is_decode(const AttentionParams& p);
 std::int64_t attention_decode_scratch_bytes(const AttentionParams& p);
 void attention_decode(const AttentionParams& p);
 
+// attention_rounded.cpp: integers in place of floats, where the call and the CPU allow.
+bool is_rounded(const AttentionParams& p);
+std::int64_t attention_rounded_scratch_bytes(const AttentionParams& p, std::int64_t threads);
+void attention_rounded(const AttentionParams& p);
+
 // Calls f(T{}, S{}) with the storage types of queries and of keys and values.
 template <class F>
 void with_cache_type(const AttentionParams& p, const F& f) {

@@ -150,6 +150,9 @@ inline void store(double* p, Vec<double> a, int n) { _mm512_mask_storeu_pd(p, fi
 inline void store_rounded(std::int16_t* p, Vec<float> a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
+inline void store_rounded(std::int16_t* p, Vec<float> a, Vec<float> b) {
+  store_rounded(p, a), store_rounded(p + 16, b);
+}
 
 #elif defined(__AVX2__)
 
@@ -292,6 +295,10 @@ inline void store_rounded(std::int16_t* p, Vec<float> a) {
   const __m256i i = _mm256_cvtps_epi32(a.v);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
+}
+inline void store_rounded(std::int16_t* p, Vec<float> a, Vec<float> b) {
+  const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));  // a0 b0 a1 b1
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xd8));
 }
 
 #else

@@ -80,6 +80,11 @@ struct IntVec {
   static IntVec zero() { return {_mm512_setzero_si512()}; }
 };
 inline IntVec load_pairs(const float* p) { return {_mm512_loadu_si512(p)}; }
+// Pairs of int16: a[i], rounded, and b[i].
+inline void store_pairs(float* p, Vec<float> a, Vec<float> b) {
+  const __m512i low = _mm512_cvtps_epi32(a.v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(b.v), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
+}
 inline void store_words(float* p, IntVec a) { _mm512_storeu_si512(p, a.v); }
 inline IntVec repeat_byte(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
 inline IntVec negative(IntVec a) { return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)}; }
@@ -167,6 +172,10 @@ struct IntVec {
   static IntVec zero() { return {_mm256_setzero_si256()}; }
 };
 inline IntVec load_pairs(const float* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store_pairs(float* p, Vec<float> a, Vec<float> b) {
+  const __m256i low = _mm256_cvtps_epi32(a.v), high = _mm256_slli_epi32(_mm256_cvtps_epi32(b.v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, high, 0xaa));
+}
 inline void store_words(float* p, IntVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline IntVec repeat_byte(int byte) { return {_mm256_set1_epi8(static_cast<char>(byte))}; }
 inline IntVec negative(IntVec a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
