@@ -63,8 +63,8 @@ def attention(
 
     With "medium" queries and keys have integers up to n = sqrt(2^31 / D), 4095 for D = 128, a scale for each row; with
     q' = scale q, |error of a score| <= (max|q'| |k|_1 + max|k| |q'|_1) / 2n and the product of both errors. Of 64 keys
-    at a time, weights become integers up to 16384 for the largest, values up to 2047 for the largest of their column, and
-    an output moves by at most (64 / 32766 + 1 / 4094) max|v| more. On normal numbers that is 0.04 % of the output,
+    at a time, weights become integers up to 16384 for the largest, values up to 2047 for the largest of their column,
+    and an output moves by at most (64 / 32766 + 1 / 4094) max|v| more. On normal numbers that is 0.04 % of the output,
     bfloat16's error is 0.35 %. A value that is not finite makes its column NaN for all that see one of its 64 keys.
     Rows that see fewer than 256 keys on average are not rounded.
 

@@ -19,7 +19,7 @@ ls qvl_kernels/_cpu_avx2*.so qvl_kernels/_cpu_avx512*.so # the tests would skip 
 # torch, OpenMP and libstdc++ as they are: only what our modules do is checked.
 export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc
-python -m pytest -p no:cacheprovider tests/test_attention.py tests/test_attention_gradients.py \
+python -m pytest -p no:cacheprovider tests/test_attention.py tests/test_attention_gradients.py tests/test_attention_precision.py \
   tests/test_attention_varlen.py tests/test_sparse_attention.py tests/test_linear_attention.py tests/test_linear_attention_gradients.py \
   tests/test_linear_attention_varlen.py tests/test_scaled_dot_product_attention.py tests/test_rms_norm.py \
   tests/test_linear.py tests/test_linear_gradients.py tests/test_append_kv.py tests/test_recording.py tests/test_layer_norm.py \

@@ -5,17 +5,18 @@
 // FMA does 8 in one; with VNNI `vpdpwssd` does it in one, 16 or, on AVX-512, 32. Without VNNI there AVX-512 gains
 // nothing.
 //
-//   query, key   integers up to kMost(D) = sqrt(2^31 / D) (4095 for D = 128, 5792 for 64), a step a row: D products
-//   stay
-//                below 2^31. Rows of queries in place; keys transposed in panels, [D / 2][2 N] pairs
+//   query, key   integers up to most() = sqrt(2^31 / D), 4095 for D = 128 and 5792 for 64, and a step a row: sums of D
+//                stay below 2^31. Rows of queries in place; keys transposed in panels, [D / 2][2 N] pairs
 //   scores       as floats, masked as in attention.cpp
-//   piece        64 keys of a tile. A row's weights are 2^(score - the piece's largest) as integers up to 16383, and
-//   what
-//                is between that and the row's largest so far is in the step, so that a piece of small weights is as
-//                exact as any; values are integers up to 2047 with a step for each column: 64 products stay below 2^31.
-//                Weights are stored over their scores; values by pairs of keys in panels of columns, [32][2 N] pairs
-//   tile         6 rows x 2 vectors of integers in registers for one piece, or D; then they are scaled and added to
-//                floats in L1: 36 instructions after 37 for each of the piece's 32 pairs, or D / 2
+//   piece        64 keys of a tile. A row's weights are 2^(score - the piece's largest) as integers up to 2^14; what is
+//                between that and the row's largest so far is in the step, so that a piece of small weights is as exact
+//                as any. Values are integers up to 2047 with a step for each column: 64 products stay below 2^31.
+//                Weights are stored over their scores, values by pairs of keys in panels of columns, [32][2 N] pairs
+//   tile         6 rows x 2 vectors of integers in registers for one piece, or for D; then they are scaled and added to
+//                floats in L1: 36 instructions after 37 for each of 32, or D / 2, pairs
+//
+// Measured on AVX2 (Zen 3): 1.67 times an FMA's speed in the loop (`vpaddd` takes a pipe from `vpmaddwd`), 1.2 times
+// attention.cpp over 1024 keys and more: softmax takes as long as there, and rounds too.
 //
 // Source: Zhang et al., SageAttention, 2024, for integers in both products; 8 bits need a smoothing of keys that 12 do
 // not.
