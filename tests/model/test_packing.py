@@ -14,6 +14,8 @@ from torch import nn
 from qvl_kernels import PackedLinear
 from qvl_model import Qwen3VL, Qwen3VLConfig, planning
 from qvl_model.pack_file import CHECKSUMS_NAME, pack_checkpoint, verify
+from qvl_model.text import TextAttention
+from qvl_model.vision import VisionAttention
 from qvl_model.weights import CheckpointError, list_tensors, read_header, save_pretrained
 
 FORMATS = ["bf16", "int8", "int4"]
@@ -195,3 +197,21 @@ def test_a_packed_model_cannot_be_saved_as_a_released_one(tmp_path):
     save_pretrained(model, tmp_path / "saved")
     again = Qwen3VL.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(**inputs(again)).logits, model(**inputs(model)).logits)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_precision_is_that_of_products_and_of_attention(tmp_path, weights):
+    """A prompt of more keys than attention leaves exact: apart by what integers are off, and by nothing in float32."""
+    write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    ids = torch.tensor([prompt(512)])
+    medium, highest = (
+        Qwen3VL.from_pretrained(tmp_path, weights=weights, precision=precision) for precision in ("medium", "highest")
+    )
+    kinds = {
+        module.kind.precision for module in medium.modules() if isinstance(module, (TextAttention, VisionAttention))
+    }
+    assert kinds == {"highest" if weights == "fp32" else "medium"}
+    rounded, exact = medium(ids).logits, highest(ids).logits
+    assert (rounded - exact).norm() <= (0 if weights == "fp32" else 0.05) * exact.norm()
+    if weights == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert not torch.equal(rounded, exact)
