@@ -117,7 +117,8 @@ def _plans(
     if names == ["auto"]:
         names = [name for name in FORMATS[FORMATS.index(own) :] if device == "cpu" or name in ("fp32", "bf16")]
     for name in names:
-        weight_bytes = bytes_of_weights(config, name, own)
+        here = config.weights and stored  # no model has to be made to know its bytes
+        weight_bytes = bytes_of_packed(config, stored) if here else bytes_of_weights(config, name, own)
         packs = name in ("int8", "int4") and not config.weights
         load = config.text.vocab_size * config.text.hidden_size * (2 if own == "bf16" else 4) if packs else 0
         table = name if name in ("fp32", "bf16") else own
@@ -158,6 +159,13 @@ def bytes_of_weights(config: Qwen3VLConfig, weights: str, own: str) -> int:
     if model.head_is_table or mapped:
         nbytes -= table.nbytes
     return nbytes
+
+
+def bytes_of_packed(config: Qwen3VLConfig, stored: Mapping[str, StoredTensor]) -> int:
+    """The same, of a packed checkpoint that is here."""
+    table = stored.get("model.language_model.embed_tokens.weight")
+    is_head = config.tie_word_embeddings and config.weights == "bf16"
+    return sum(tensor.nbytes for tensor in stored.values()) - (0 if is_head or table is None else table.nbytes)
 
 
 def bytes_of_cache(config: Qwen3VLConfig, cache: str, use: Use) -> int:

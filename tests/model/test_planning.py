@@ -16,7 +16,7 @@ from qvl_model.pack_file import pack_checkpoint
 from qvl_model.packing import pack_model
 from qvl_model.planning import Use
 from qvl_model.vision import by_rows
-from qvl_model.weights import list_tensors
+from qvl_model.weights import PADDING, list_tensors
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,18 @@ def test_bytes_of_weights_are_those_of_the_tensors(weights, tied):
     if weights == "bf16" and tied:
         expected = everything(model) - table.nbytes  # the head is packed here, and was the table
     assert planning.bytes_of_weights(config, weights, "fp32") == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_bytes_of_a_packed_checkpoint_need_no_model(tmp_path, weights, tied):
+    (tmp_path / "released").mkdir()
+    write_checkpoint(tmp_path / "released", tied=tied, dtype=torch.bfloat16)
+    folder = pack_checkpoint(tmp_path / "released", tmp_path / "packed", weights)
+    config = Qwen3VLConfig.from_json(folder / "config.json")
+    found = planning.bytes_of_packed(config, list_tensors(folder))
+    padding = sum(tensor.nbytes for name, tensor in list_tensors(folder).items() if name.startswith(PADDING))
+    assert found == planning.bytes_of_weights(config, weights, "bf16") + padding
 
 
 @pytest.mark.parametrize("cache", planning.CACHES)
