@@ -145,7 +145,8 @@ def test_medium_is_highest_where_nothing_is_gained(backend):
         x, packed = torch.randn(rows, 200), pack_linear(torch.randn(30, 200), format=format)
         with on(backend):
             assert torch.equal(packed_linear(x, packed, precision="medium"), packed_linear(x, packed))
-    if backend in ("reference", "cpu_avx2"):
+    bytes_are_fast = "avx_vnni" in CPU and "avx512f" not in CPU
+    if backend == "reference" or (backend == "cpu_avx2" and not bytes_are_fast):
         for format in FORMATS if backend == "reference" else ("int8",):
             x, packed = torch.randn(40, 200), pack_linear(torch.randn(30, 200), format=format)
             with on(backend):
