@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -34,11 +35,19 @@ def unmap_read_pages(tensor: torch.Tensor) -> None:
     """Takes the pages of a mapped file that were read out of this process; the system keeps them, and finds them for a
     later read. For a table of which few rows are read: with each row come the 64 KiB around it, 33 MB for a prompt of
     512 tokens. A tensor that is in memory, or that something was written to, is left as it is."""
-    if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
+    if tensor.device.type == "cpu" and _only_read(*whole_pages(tensor)):
+        advise([tensor], mmap.MADV_DONTNEED)
+
+
+def advise(tensors: Sequence[torch.Tensor], advice: int) -> None:
+    """Tells the system about the whole pages that these tensors fill; elsewhere than on Linux nothing happens."""
+    if not sys.platform.startswith("linux"):
         return
-    start, length = whole_pages(tensor)
-    if length > 0 and _only_read(start, length):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for tensor in tensors:
+        start, length = whole_pages(tensor)
+        if length > 0:  # an old kernel that does not know the advice answers with an error, which changes nothing
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
@@ -50,6 +59,8 @@ def whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
 def _only_read(start: int, length: int) -> bool:
     """Whether all pages that are there belong to a file: of a private mapping a page that was written is a copy, and
     letting it go would lose it."""
+    if not sys.platform.startswith("linux") or length <= 0:
+        return False
     size = length // mmap.PAGESIZE * 8
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as stream:

@@ -9,28 +9,14 @@ what does not fit.
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .memory import whole_pages
+from .memory import advise
 from .model import Qwen3VL
 
 _WILLNEED, _PAGEOUT = 3, 21  # of linux/mman.h
-
-
-def advise(tensors: Sequence[Tensor], advice: int) -> None:
-    """Tells the system about the whole pages that these tensors fill; elsewhere than on Linux nothing happens."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    for tensor in tensors:
-        start, length = whole_pages(tensor)
-        if length > 0:  # an old kernel that does not know the advice answers with an error, which changes nothing
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def give_back(module: nn.Module) -> None:

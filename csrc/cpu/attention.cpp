@@ -26,7 +26,7 @@ namespace qvl::cpu {
 namespace {
 
 template <class T, class S>
-class Block : Rows<T, S> {
+class Block : public Rows<T, S> {
   using Base = Rows<T, S>;
   using Base::at_, Base::count_, Base::first_, Base::head_, Base::m_, Base::p_, Base::strips_, Base::tile_;
   using Base::kHidden;
@@ -35,13 +35,6 @@ class Block : Rows<T, S> {
  public:
   using Base::Base;
 
-  void run() {
-    load_queries();
-    this->for_tiles([&](std::int64_t tile, std::int64_t keys) { pack(tile, keys); },
-                    [&](const Group& group, std::int64_t tile) { add_group(group, tile); });
-  }
-
- private:
   void load_queries() {
     const V scale(static_cast<A>(p_.scale * kLog2e));
     for (std::int64_t r = 0; r < strips_ * kStrip; ++r)
@@ -77,6 +70,7 @@ class Block : Rows<T, S> {
         if (!part[s].empty()) add_values(part[s], c, scores + s * kStrip * kTile, factor + s * kStrip, target[s]);
   }
 
+ private:
   void score(const Part& part, std::int64_t j, A* scores) const {
     score_rows(m_ + at_.query + part.strip * kStrip * at_.dim, at_.dim, m_ + at_.key + j * at_.dim, at_.dim,
                part.keys.end - j, scores + j, kTile);

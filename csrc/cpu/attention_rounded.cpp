@@ -60,48 +60,16 @@ template <bool kVnni>
   }
 }
 
-// n floats (in whole vectors, zeros behind them) as integers of at most `limit`; returns their step, NaN where one is
-// not finite.
-inline float round_row(const float* x, std::int64_t n, float limit, std::int16_t* to) {
-  using V = Vec<float>;
-  V top = V::zero(), finite = V::zero();
-  for (std::int64_t i = 0; i < n; i += V::N) {
-    const V v = load(x + i);
-    top = max(top, max(v, V::zero() - v));
-    finite = fma(v, V::zero(), finite);
-  }
-  const float most = largest(top), not_finite = sum(finite);
-  const V by(most > 1e-30f ? limit / most : 0.0f);
-  for (std::int64_t i = 0; i < n; i += V::N) store_rounded(to + i, load(x + i) * by);
-  return (most > 1e-30f ? most / limit : 0.0f) + not_finite;
-}
-
 template <class T, class S, bool kVnni>
-class RoundedBlock : Rows<T, S> {
+class RoundedBlock : public Rows<T, S> {
   using Base = Rows<T, S>;
   using Base::at_, Base::count_, Base::first_, Base::head_, Base::m_, Base::p_, Base::strips_, Base::tile_;
   using Base::kHidden;
   using V = Vec<float>;
+  static constexpr int kWidth = kPanel<float>;
 
  public:
   using Base::Base;
-
-  void run() {
-    load_queries();
-    this->for_tiles([&](std::int64_t tile, std::int64_t keys) { pack(tile, keys); },
-                    [&](const Group& group, std::int64_t tile) { add_group(group, tile); });
-  }
-
- private:
-  static constexpr int kWidth = kPanel<float>;
-
-  std::int64_t dim() const { return p_.query.size[3]; }
-  std::int64_t dim_v() const { return p_.value.size[3]; }
-  // kMost(D) of the table above.
-  float most() const {
-    return std::min(32767.0f,
-                    std::floor(std::sqrt(2147483647.0f / static_cast<float>(std::max<std::int64_t>(dim(), 1)))));
-  }
 
   void load_queries() {
     const V scale(static_cast<float>(p_.scale * kLog2e));
@@ -109,7 +77,7 @@ class RoundedBlock : Rows<T, S> {
     alignas(64) std::int16_t integers[kMaxDim + V::N] = {};
     for (std::int64_t r = 0; r < strips_ * kStrip; ++r) {
       widen_scaled(head_.query_of(first_ + std::min(r, count_ - 1)), dim(), scale, wide);
-      m_[at_.query_step + r] = round_row(wide, dim(), most(), integers);
+      m_[at_.query_step + r] = quantize(wide, dim(), most(), integers);
       std::memcpy(m_ + at_.query + r * at_.dim, integers, static_cast<std::size_t>(at_.dim) * sizeof(float));
     }
     std::fill_n(m_ + at_.top, strips_ * kStrip, kHidden);
@@ -123,6 +91,33 @@ class RoundedBlock : Rows<T, S> {
         pack_values(tile + piece, std::min<std::int64_t>(kPiece, keys - piece), c,
                     m_ + at_.value + (c * tile_ + piece * kWidth) / 2,
                     m_ + at_.value_step + piece / kPiece * at_.columns + c);
+  }
+
+  void add_group(const Group& group, std::int64_t tile) {
+    const Part* const part = group.part;
+    const auto scores_of = [&](int s) { return m_ + at_.scores + s * kStrip * kTile; };
+    const auto steps_of = [&](int s) { return m_ + at_.weight_step + s * kPieces * kStrip; };
+    for (std::int64_t j = group.keys.begin; j < group.keys.end; j += kWidth)
+      for (int s = 0; s < group.strips; ++s)
+        if (j >= part[s].keys.begin && j < part[s].keys.end) score(part[s].strip, j, scores_of(s) + j);
+    float shrink[kGroup][kStrip];
+    for (int s = 0; s < group.strips; ++s)
+      if (!part[s].empty()) soften(part[s], tile, scores_of(s), steps_of(s), shrink[s]);
+    Target<T> target[kGroup];
+    for (int s = 0; s < group.strips; ++s)
+      if (part[s].last && !part[s].empty()) this->finish(part[s].strip, target[s]);
+    for (std::int64_t c = 0; c < at_.columns; c += kWidth)
+      for (int s = 0; s < group.strips; ++s)
+        if (!part[s].empty()) add_values(part[s], c, scores_of(s), steps_of(s), shrink[s], target[s]);
+  }
+
+ private:
+  std::int64_t dim() const { return p_.query.size[3]; }
+  std::int64_t dim_v() const { return p_.value.size[3]; }
+  // Of queries and keys, as the table above says.
+  float most() const {
+    return std::min(32767.0f,
+                    std::floor(std::sqrt(2147483647.0f / static_cast<float>(std::max<std::int64_t>(dim(), 1)))));
   }
 
   // Eight keys at a time become lines of pairs.
@@ -140,7 +135,7 @@ class RoundedBlock : Rows<T, S> {
         prefetch(from + std::min<std::int64_t>(8, keys - 1 - key) * head_.key_row,
                  dim() * static_cast<std::int64_t>(sizeof(S)));
         widen(from, dim(), dim(), wide);
-        step = round_row(wide, dim(), most(), reinterpret_cast<std::int16_t*>(pairs[i]));
+        step = quantize(wide, dim(), most(), reinterpret_cast<std::int16_t*>(pairs[i]));
         if (head_.key_scale != nullptr) step *= head_.key_scale[(tile + key) * head_.key_scale_row];
       }
       transpose_eight(eight, at_.dim, m_ + at_.key + j / kWidth * kWidth * at_.dim + j % kWidth, kWidth);
@@ -171,24 +166,6 @@ class RoundedBlock : Rows<T, S> {
     }
     // Weights of hidden keys are 0, in whole vectors.
     for (std::int64_t j = (keys + 1) / 2; j < round_up(keys, V::N) / 2; ++j) std::fill_n(to + j * kWidth, kWidth, 0.0f);
-  }
-
-  void add_group(const Group& group, std::int64_t tile) {
-    const Part* const part = group.part;
-    const auto scores_of = [&](int s) { return m_ + at_.scores + s * kStrip * kTile; };
-    const auto steps_of = [&](int s) { return m_ + at_.weight_step + s * kPieces * kStrip; };
-    for (std::int64_t j = group.keys.begin; j < group.keys.end; j += kWidth)
-      for (int s = 0; s < group.strips; ++s)
-        if (j >= part[s].keys.begin && j < part[s].keys.end) score(part[s].strip, j, scores_of(s) + j);
-    float shrink[kGroup][kStrip];
-    for (int s = 0; s < group.strips; ++s)
-      if (!part[s].empty()) soften(part[s], tile, scores_of(s), steps_of(s), shrink[s]);
-    Target<T> target[kGroup];
-    for (int s = 0; s < group.strips; ++s)
-      if (part[s].last && !part[s].empty()) this->finish(part[s].strip, target[s]);
-    for (std::int64_t c = 0; c < at_.columns; c += kWidth)
-      for (int s = 0; s < group.strips; ++s)
-        if (!part[s].empty()) add_values(part[s], c, scores_of(s), steps_of(s), shrink[s], target[s]);
   }
 
   void score(std::int64_t strip, std::int64_t j, float* scores) const {

@@ -77,7 +77,7 @@ struct Group {
   Range keys;
 };
 
-// Rows [first, first + count) of a head.
+// Rows [first, first + count) of a head. What derives from it has load_queries, pack and add_group.
 template <class T, class S>
 class Rows {
  public:
@@ -94,6 +94,19 @@ class Rows {
         count_(rows.end - rows.begin),
         strips_((count_ + kStrip - 1) / kStrip) {}
 
+  // Calls block.pack(tile, keys), and then block.add_group(group, tile) for every group of strips, for each tile that a
+  // row sees.
+  template <class B>
+  void for_tiles(B& block) const {
+    const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
+    for (std::int64_t tile = all.begin / tile_ * tile_; tile < all.end; tile += tile_) {
+      const std::int64_t keys = std::min<std::int64_t>(tile_, head_.len_k - tile);
+      block.pack(tile, std::min(keys, all.end - tile));
+      for (std::int64_t strip = 0; strip < strips_; strip += kGroup) block.add_group(group_of(strip, tile, keys), tile);
+    }
+    write_unseen();
+  }
+
  protected:
   static constexpr A kHidden = -std::numeric_limits<A>::infinity();
 
@@ -103,18 +116,6 @@ class Rows {
   Range seen_by(std::int64_t strip) const {
     const std::int64_t row = strip * kStrip, last = std::min(row + kStrip, count_) - 1;
     return {range(row).begin, range(last).end};
-  }
-
-  // Calls pack(tile, keys), and then add(group, tile) for every group of strips, for each tile that a row sees.
-  template <class Pack, class Add>
-  void for_tiles(const Pack& pack, const Add& add) const {
-    const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
-    for (std::int64_t tile = all.begin / tile_ * tile_; tile < all.end; tile += tile_) {
-      const std::int64_t keys = std::min<std::int64_t>(tile_, head_.len_k - tile);
-      pack(tile, std::min(keys, all.end - tile));
-      for (std::int64_t strip = 0; strip < strips_; strip += kGroup) add(group_of(strip, tile, keys), tile);
-    }
-    write_unseen();
   }
 
   void hide_strip(const Part& part, std::int64_t tile, A* scores) const {
@@ -184,12 +185,14 @@ void run_blocks(const AttentionParams& p, const Layout& at) {
   }
   const std::int64_t work = p.query.numel() * std::max<std::int64_t>(p.key.size[2], 1);
   parallel_tasks(blocks * heads, work, workers, [&](std::int64_t task, std::int64_t worker) {
-    const std::int64_t block = blocks - 1 - task / heads;
+    const std::int64_t number = blocks - 1 - task / heads;
     const Head<T, S> head = head_of<T, S>(p, task % heads / kv_heads, task % kv_heads);
     const Cut cut = cut_of(head);
-    const Range rows{block * cut.rows, std::min((block + 1) * cut.rows, head.rows())};
+    const Range rows{number * cut.rows, std::min((number + 1) * cut.rows, head.rows())};
     if (rows.begin >= rows.end) return;
-    B(p, head, at, cut.keys, p.scratch.as<A>() + worker * at.size, rows).run();
+    B block(p, head, at, cut.keys, p.scratch.as<A>() + worker * at.size, rows);
+    block.load_queries();
+    block.for_tiles(block);
   });
 }
 

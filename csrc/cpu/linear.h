@@ -69,21 +69,7 @@ inline void decode(const PackedLinearParams& p, std::int64_t n, std::int64_t k0,
   std::fill(to + count, to + std::max(padded, count), 0.0f);
 }
 
-// kBlock floats as integers of at most `limit`: q[i] step is x[i] within half a step. Returns the step, the largest
-// magnitude / limit; NaN, and with it every product, where a number is not finite.
-inline float quantize_block(const float* x, float limit, std::int16_t* q) {
-  using V = Vec<float>;
-  V top = V::zero(), finite = V::zero();
-  for (int i = 0; i < kBlock; i += V::N) {
-    const V v = load(x + i);
-    top = max(top, max(v, V::zero() - v));
-    finite = fma(v, V::zero(), finite);
-  }
-  const float most = largest(top) + sum(finite);
-  const V inverse(most > 1e-30f ? limit / most : 0.0f);
-  for (int i = 0; i < kBlock; i += V::N) store_rounded(q + i, load(x + i) * inverse);
-  return most > 1e-30f || most != most ? most / limit : 0.0f;
-}
+inline float quantize_block(const float* x, float limit, std::int16_t* q) { return quantize(x, kBlock, limit, q); }
 
 // kBlock numbers of a row of x (of the last where there are fewer) from k on, as above, and zeros beyond its end.
 template <class T>

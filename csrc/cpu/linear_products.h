@@ -1,10 +1,8 @@
 // The kinds of product that linear.cpp tiles: what a strip of x and a panel of W hold, and how they are multiplied.
 //
 //   Floats     float32 and bfloat16 weights, floats in both; and the gradient, whatever the format, from decoded rows
-//   of
-//              W in panels of columns
-//   Integers   weights and x as pairs of int16 with steps for each 128, such that a sum of 128 products stays below
-//   2^31.
+//              in panels of columns
+//   Integers   weights and x as pairs of int16 with steps for each 128, so that sums of 128 products stay below 2^31.
 //              int8: |w| <= 127, |x| <= 32767. Others are rounded: int4 weights again, to 11 bits, |w| <= 2047, |x| <=
 //              8191: the product then costs what int8 costs, and has lost 1 / 4094 of the largest weight, a hundredth
 //              of what int4 has lost. float32 and bfloat16 weights where the caller lets x be rounded, both to 12

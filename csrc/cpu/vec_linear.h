@@ -326,6 +326,22 @@ inline Vec<float> high_halves(const std::uint8_t* p) {
   return from_bytes(_mm_and_si128(_mm_srli_epi16(load_lanes(p), 4), _mm_set1_epi8(15)));
 }
 
+// n floats, in whole vectors with zeros behind them, as integers of at most `limit`: q[i] step is x[i] within half a
+// step. Returns the step, the largest magnitude / limit; NaN, and with it every product, where a number is not finite.
+inline float quantize(const float* x, std::int64_t n, float limit, std::int16_t* q) {
+  using V = Vec<float>;
+  V top = V::zero(), finite = V::zero();
+  for (std::int64_t i = 0; i < n; i += V::N) {
+    const V v = load(x + i);
+    top = max(top, max(v, V::zero() - v));
+    finite = fma(v, V::zero(), finite);
+  }
+  const float most = largest(top) + sum(finite);
+  const V inverse(most > 1e-30f ? limit / most : 0.0f);
+  for (std::int64_t i = 0; i < n; i += V::N) store_rounded(q + i, load(x + i) * inverse);
+  return most > 1e-30f || most != most ? most / limit : 0.0f;
+}
+
 // One vector; n < N elements of it, or all.
 template <class T>
 inline Vec<Acc<T>> load_up_to(const T* p, std::int64_t n) {
