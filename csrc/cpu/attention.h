@@ -40,6 +40,20 @@ void with_cache_type(const AttentionParams& p, const F& f) {
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
+// Memory handed out in pieces of 16 elements, whole cache lines of floats.
+class Pieces {
+ public:
+  std::int64_t take(std::int64_t count) {
+    const std::int64_t start = size_;
+    size_ += round_up(count, 16);
+    return start;
+  }
+  std::int64_t size() const { return size_; }
+
+ private:
+  std::int64_t size_ = 0;
+};
+
 // Where the tensors of one segment and KV head lie, and which keys its rows see. T is the storage type of queries and
 // output, S that of keys and values: T; of 16 bits where T is float; or int8 with a scale for each key.
 template <class T, class S = T>

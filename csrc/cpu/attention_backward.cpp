@@ -41,27 +41,22 @@ struct Layout {
 
   Layout(std::int64_t d, std::int64_t dv, int panel)
       : dim(d), dim_v(dv), columns(round_up(d, panel)), columns_v(round_up(dv, panel)) {
-    std::int64_t at = 0;
-    const auto take = [&](std::int64_t n) {
-      const std::int64_t start = at;
-      at += round_up(n, 16);
-      return start;
-    };
-    query_strips = take(kRows * dim + kStripSlack);
-    grad_strips = take(kRows * dim_v + kStripSlack);
-    query = take(kRows * columns);
-    grad = take(kRows * columns_v);
-    grad_query = take(kRows * columns);
-    lse = take(kRows);
-    delta = take(kRows);
-    key_panels = take(kTile * dim);
-    value_panels = take(kTile * dim_v);
-    key = take(kTile * columns);
-    grad_key = take(kTile * columns);
-    grad_value = take(kTile * columns_v);
-    weights = take(GradientTile<float, kTile, kStrips, true>::kScores);
-    grad_scores = take(GradientTile<float, kTile, kStrips, true>::kScores);
-    size = at;
+    Pieces pieces;
+    query_strips = pieces.take(kRows * dim + kStripSlack);
+    grad_strips = pieces.take(kRows * dim_v + kStripSlack);
+    query = pieces.take(kRows * columns);
+    grad = pieces.take(kRows * columns_v);
+    grad_query = pieces.take(kRows * columns);
+    lse = pieces.take(kRows);
+    delta = pieces.take(kRows);
+    key_panels = pieces.take(kTile * dim);
+    value_panels = pieces.take(kTile * dim_v);
+    key = pieces.take(kTile * columns);
+    grad_key = pieces.take(kTile * columns);
+    grad_value = pieces.take(kTile * columns_v);
+    weights = pieces.take(GradientTile<float, kTile, kStrips, true>::kScores);
+    grad_scores = pieces.take(GradientTile<float, kTile, kStrips, true>::kScores);
+    size = pieces.size();
   }
 };
 

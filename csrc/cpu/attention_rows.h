@@ -29,24 +29,19 @@ struct Layout {
       : dim(rounded ? (d + 1) / 2 : d), columns(round_up(dv, panel)) {
     constexpr std::int64_t kGroupRows = kGroup * kStrip, kMost = kBlockElements / 128 / kGroupRows;
     rows = std::clamp<std::int64_t>(kBlockElements / (d + columns) / kGroupRows, 4, kMost) * kGroupRows;
-    std::int64_t at = 0;
-    const auto take = [&](std::int64_t n) {
-      const std::int64_t start = at;
-      at += round_up(n, 16);
-      return start;
-    };
-    query = take(rows * dim);
-    out = take(rows * columns);
-    key = take(kTile * dim);
-    value = take(kTile * columns);
-    scores = take(kGroup * kStrip * kTile);
-    top = take(rows);
-    total = take(rows * panel / 2);
-    query_step = take(rounded ? rows : 0);
-    key_step = take(rounded ? kTile : 0);
-    value_step = take(rounded ? kPieces * columns : 0);
-    weight_step = take(rounded ? kGroup * kPieces * kStrip : 0);
-    size = at;
+    Pieces pieces;
+    query = pieces.take(rows * dim);
+    out = pieces.take(rows * columns);
+    key = pieces.take(kTile * dim);
+    value = pieces.take(kTile * columns);
+    scores = pieces.take(kGroup * kStrip * kTile);
+    top = pieces.take(rows);
+    total = pieces.take(rows * panel / 2);
+    query_step = pieces.take(rounded ? rows : 0);
+    key_step = pieces.take(rounded ? kTile : 0);
+    value_step = pieces.take(rounded ? kPieces * columns : 0);
+    weight_step = pieces.take(rounded ? kGroup * kPieces * kStrip : 0);
+    size = pieces.size();
   }
 
   // Blocks are whole strips, so that a row's neighbours, and thus its sums, do not depend on `tasks`, the number of

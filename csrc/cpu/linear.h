@@ -16,20 +16,6 @@ bool is_linear_decode(const PackedLinearParams& p);
 std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p);
 void linear_decode(const PackedLinearParams& p, std::int64_t threads);
 
-// Memory handed out in pieces of whole cache lines, in floats.
-class Pieces {
- public:
-  std::int64_t take(std::int64_t floats) {
-    const std::int64_t start = size_;
-    size_ += round_up(floats, 16);
-    return start;
-  }
-  std::int64_t size() const { return size_; }
-
- private:
-  std::int64_t size_ = 0;
-};
-
 // Calls f(T{}) with the type of x, one of the three narrow ones.
 template <class F>
 void with_x_type(DType dtype, const F& f) {

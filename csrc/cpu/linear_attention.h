@@ -49,20 +49,6 @@ struct LinearSizes {
         kind(p.kind) {}
 };
 
-// Hands out pieces of scratch memory, in elements.
-class Pieces {
- public:
-  std::int64_t take(std::int64_t n) {
-    const std::int64_t start = at_;
-    at_ += round_up(n, 16);
-    return start;
-  }
-  std::int64_t size() const { return at_; }
-
- private:
-  std::int64_t at_ = 0;
-};
-
 // One sequence and KV head.
 template <class T>
 struct LinearHead : Head<T> {

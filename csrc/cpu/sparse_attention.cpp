@@ -58,18 +58,13 @@ struct Layout {
     cells = keys / cell_of(p), head_size = keys * (dim + columns);
     streams = std::max<std::int64_t>(1, std::min(threads, heads));
     flags = round_up(heads * (static_cast<std::int64_t>(sizeof(Progress)) + cells), 64);
-    std::int64_t at = 0;
-    const auto take = [&](std::int64_t n) {
-      const std::int64_t start = at;
-      at += round_up(n, 16);
-      return start;
-    };
-    query = take(kMaxRows * dim);
-    out = take(kMaxRows * columns);
-    scores = take(kGroup * kStrip * kScoreRow);
-    top = take(kMaxRows);
-    total = take(kMaxRows * panel / 2);
-    thread_size = at;
+    Pieces pieces;
+    query = pieces.take(kMaxRows * dim);
+    out = pieces.take(kMaxRows * columns);
+    scores = pieces.take(kGroup * kStrip * kScoreRow);
+    top = pieces.take(kMaxRows);
+    total = pieces.take(kMaxRows * panel / 2);
+    thread_size = pieces.size();
   }
 };
 
