@@ -131,6 +131,7 @@ def measure(
         else:
             unit, run = "s", _picture(model, number["side"])
         results.append(Result(test, unit, tuple(run() for _ in range(repeat))))
+        del run  # and its cache, before the next test makes one
     return results
 
 

@@ -117,10 +117,10 @@ def describe_plans(folder: Path, budget: int, use: Use) -> str:
 
 
 def _plan_table(plans: Iterable[Plan]) -> str:
-    rows: list[tuple[str, ...]] = [("weights", "", "cache", "", "activations", "Python and torch", "peak")]
+    rows: list[tuple[str, ...]] = [("weights", "", "cache", "", "prompt", "picture", "Python and torch", "peak")]
     for plan in plans:
         in_memory = plan.weight_bytes if plan.resident is None else plan.resident
-        parts = in_memory, plan.cache_bytes, plan.work_bytes, plan.peak - plan.nbytes, plan.peak
+        parts = (in_memory, plan.cache_bytes, plan.prompt_bytes, plan.picture_bytes, plan.peak - plan.nbytes, plan.peak)
         texts = [size(part) for part in parts]
         rows.append((plan.weights, texts[0], plan.cache, *texts[1:]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -26,7 +26,8 @@ def available_memory(device: torch.device) -> int:
 
 def give_back_freed() -> None:
     """Gives the system what was freed and what the C library keeps for the next time: after a long prompt or a large
-    picture some 50 MB, in a few milliseconds. Elsewhere than on Linux with glibc nothing happens."""
+    picture some 50 MB, after a cache of 4096 tokens 200 MB, in a few milliseconds. Elsewhere than on Linux with glibc
+    nothing happens."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 

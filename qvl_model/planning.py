@@ -3,9 +3,12 @@ is.
 
     weights   what a step reads of them: all but the embedding table where that is a table of its own, of which a step
               reads a row a token; mapped pages count as they are read
+    picture   a picture's activations; they are gone before the cache is there
     cache     keys and values of `tokens` tokens
-    work      the larger of a picture's and a prompt's activations
+    prompt    activations of a prompt, a picture's features among them
     base      Python, torch and this package
+
+The most is base + weights + the larger of picture and cache + prompt.
 
 Smaller formats come in the order of what they cost: first int8 keys and values and smaller chunks, which cost next to
 nothing, then the next format of the weights ("int4" has int8 keys and values from the start). Of a packed checkpoint,
@@ -51,15 +54,20 @@ class Plan:
     use: Use
     weight_bytes: int
     cache_bytes: int
-    work_bytes: int
+    prompt_bytes: int
+    picture_bytes: int
     resident: int | None = None  # bytes of the weights that are in memory, None for all
     load_bytes: int = 0  # what loading needs beside the weights: the largest matrix, where matrices are packed then
 
     @property
     def nbytes(self) -> int:
         """What the model takes."""
-        weights = self.weight_bytes if self.resident is None else self.resident
-        return weights + max(self.load_bytes, self.cache_bytes + self.work_bytes)
+        return (self.weight_bytes if self.resident is None else self.resident) + self.beside_weights
+
+    @property
+    def beside_weights(self) -> int:
+        """What it takes at most beside its weights."""
+        return max(self.load_bytes, self.picture_bytes, self.cache_bytes + self.prompt_bytes)
 
     @property
     def peak(self) -> int:
@@ -91,7 +99,7 @@ def choose(
             return plan
         last = plan
     assert last is not None
-    resident = budget - last.cache_bytes - last.work_bytes
+    resident = budget - last.beside_weights
     if config.weights and resident * _LAYERS_AT_LEAST > last.weight_bytes:
         return replace(last, resident=resident)
     smaller = () if weights == "auto" or config.weights or device != "cpu" else FORMATS[FORMATS.index(weights) + 1 :]
@@ -125,9 +133,9 @@ def _plans(
         caches = ("int8",) if name == "int4" else dict.fromkeys((table, "bf16", "int8"))  # what loses less than int4
         for keys in caches:
             for chunk, rows in _CHUNKS:
-                work = bytes_of_work(config, name, use, chunk, rows)
-                cache = bytes_of_cache(config, keys, use)
-                yield Plan(name, keys, chunk, rows, use, weight_bytes, cache, work, load_bytes=load)
+                cache, prompt = bytes_of_cache(config, keys, use), bytes_of_prompt(config, name, use, chunk)
+                picture = bytes_of_picture(config, name, use, rows)
+                yield Plan(name, keys, chunk, rows, use, weight_bytes, cache, prompt, picture, load_bytes=load)
 
 
 def own_format(config: Qwen3VLConfig, stored: Mapping[str, StoredTensor]) -> str:
@@ -176,26 +184,34 @@ def bytes_of_cache(config: Qwen3VLConfig, cache: str, use: Use) -> int:
     return heads * (text.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
 
-def bytes_of_work(config: Qwen3VLConfig, weights: str, use: Use, chunk: int, rows: int) -> int:
-    """The larger of the two passes; what they leave for each other is counted in both."""
-    text, vision = config.text, config.vision
-    merged = use.patches // vision.spatial_merge_size**2
-    # The picture's features and those of DeepStack, the prompt's embeddings, the chunk's copy of them.
-    kept = 4 * merged * text.hidden_size * (1 + len(vision.deepstack_visual_indexes))
-    kept += 4 * text.hidden_size * (2 * use.tokens + chunk)
+def bytes_of_prompt(config: Qwen3VLConfig, weights: str, use: Use, chunk: int) -> int:
+    """Activations of a prompt of which `chunk` tokens are computed at a time."""
+    text = config.text
     heads = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     gate_up = text.intermediate_size * (1 if weights != "fp32" else 3)
     # Each token: x, residual and norm; then queries, keys, values twice (before and behind norm and rotation) and the
     # output, or the feed-forward layer; 2 bytes of x as integers.
     token = 4 * (3 * text.hidden_size + max(3 * heads[0] + 4 * heads[1], gate_up)) + 2 * text.intermediate_size
-    text_bytes = kept + min(chunk, use.tokens) * token
+    # The prompt's embeddings twice, and the chunk's copy of them.
+    embeddings = 4 * text.hidden_size * (2 * use.tokens + chunk)
+    return _bytes_of_features(config, use) + embeddings + min(chunk, use.tokens) * token
+
+
+def bytes_of_picture(config: Qwen3VLConfig, weights: str, use: Use, rows: int) -> int:
+    """Activations of the largest picture, `rows` patches at a time between attentions."""
+    vision = config.vision
     # Each patch: pixels, x before and behind a block, queries, keys, values, attention's output. Of `rows` patches
     # what lies between: the same again, and the feed-forward layer.
     patch = 4 * (vision.patch_dim + 6 * vision.hidden_size)
     between = vision.intermediate_size * (1 if weights != "fp32" else 2)
     row = 4 * max(8 * vision.hidden_size, 2 * vision.hidden_size + between, 2 * vision.patch_dim)
-    image_bytes = use.patches * patch + min(rows, use.patches) * row if use.patches else 0
-    return max(text_bytes, image_bytes + (kept if use.patches else 0))
+    return _bytes_of_features(config, use) + use.patches * patch + min(rows, use.patches) * row
+
+
+def _bytes_of_features(config: Qwen3VLConfig, use: Use) -> int:
+    """Of a picture's tokens, those of DeepStack among them."""
+    merged = use.patches // config.vision.spatial_merge_size**2
+    return 4 * merged * config.text.hidden_size * (1 + len(config.vision.deepstack_visual_indexes))
 
 
 def _gib(nbytes: int) -> str:

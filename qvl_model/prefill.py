@@ -21,7 +21,7 @@ from .inputs import Inputs
 from .memory import give_back_freed
 from .model import Qwen3VL
 
-_LONG = 256  # tokens that leave enough freed memory behind to be worth giving back
+_LONG = 256  # tokens whose memory is worth giving back afterwards, and what was freed before them
 _WORTH_SHARING = 16  # tokens; below, a copy and another pass cost more than they save
 
 
@@ -46,6 +46,9 @@ def prefill(
     rows = [cache.row(row) for row in range(cache.batch)]
     last = inputs.embeds.new_empty(len(rows), inputs.embeds.shape[-1])
     lengths = inputs.lengths.tolist()
+    long = sum(lengths) >= _LONG
+    if long:
+        give_back_freed()
     groups = shared_beginnings(inputs)
     beginnings = [Piece(owner, 0, shared) for owner, (shared, _) in groups.items() if shared]
     begun = {row: shared for owner, (shared, others) in groups.items() for row in (owner, *others)}
@@ -65,7 +68,7 @@ def prefill(
                 advance(shared * len(others))
     cache.join(rows)
     cache.rope_deltas = inputs.rope_deltas.cpu()
-    if sum(lengths) >= _LONG:
+    if long:
         give_back_freed()
     return last
 

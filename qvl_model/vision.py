@@ -23,7 +23,7 @@ from .memory import give_back_freed
 from .positions import interpolation, patch_positions, patch_rope
 
 ROWS = 1024  # patches that the layers between attentions see at a time; more is not faster
-_LARGE = 1024  # patches that leave enough freed memory behind to be worth giving back
+_LARGE = 512  # patches whose memory is worth giving back afterwards, and what was freed before them
 
 
 def by_rows(function: Callable[..., Any], rows: int, *tensors: Tensor, over: Tensor | None = None) -> Any:
@@ -183,6 +183,9 @@ class VisionModel(nn.Module):
             )
         if (grid_thw[:, 1:] % config.spatial_merge_size).any():
             raise ValueError(f"grids {grid_thw.tolist()} must be multiples of {config.spatial_merge_size} patches")
+        large = len(patches) >= _LARGE and not torch.is_grad_enabled()
+        if large:
+            give_back_freed()
         positions = patch_positions(grid_thw, config.spatial_merge_size)
         index, weight = interpolation(config, grid_thw, positions)
         x = by_rows(self._embed, self.rows, patches, index, weight)
@@ -201,6 +204,6 @@ class VisionModel(nn.Module):
                 merger = self.deepstack_merger_list[config.deepstack_visual_indexes.index(number)]
                 deepstack[number] = by_rows(merger, merged, x)
         features = by_rows(self.merger, merged, x)
-        if len(x) >= _LARGE and not x.requires_grad:
+        if large:
             give_back_freed()
         return features, tuple(deepstack[number] for number in sorted(deepstack))

@@ -71,11 +71,11 @@ def test_bytes_of_the_cache_are_its_own(cache):
 def test_the_released_model_in_a_laptops_memory():
     """What is known of it: 4.0 GiB of weights in bfloat16, 112 KiB of cache a token."""
     config = Qwen3VLConfig.qwen3_vl_2b()
-    chosen = [planning.choose(config, {}, "auto", int(gib * 2**30)) for gib in (6, 4, 2.65, 2.2)]
-    assert [plan.weights for plan in chosen] == ["bf16", "int8", "int8", "int4"]
+    chosen = [planning.choose(config, {}, "auto", int(gib * 2**30)) for gib in (6, 4.4, 4, 2.2)]
+    assert [plan.weights for plan in chosen] == ["bf16", "bf16", "int8", "int4"]
     assert chosen[0].weight_bytes == pytest.approx(2 * config.num_parameters(), rel=0.01)
     assert chosen[0].cache_bytes == 4096 * 112 * 1024
-    assert [plan.cache for plan in chosen] == ["bf16", "bf16", "int8", "int8"]
+    assert [plan.cache for plan in chosen] == ["bf16", "int8", "bf16", "int8"]
     with pytest.raises(MemoryError, match=r"weights='int4' takes 2\.09"):
         planning.choose(config, {}, "auto", 1 << 30)
     with pytest.raises(MemoryError, match="weights='int8' takes 2"):
