@@ -5,8 +5,8 @@ call, from 400 MB of copies, as a model's layers follow each other: no cache hol
 int4 is that of the int8 instructions (`int8_loop` in `csrc/cpu/roof.cpp`: `vpmaddubsw`, `vpmaddwd` and `vpaddd`, or
 `vpdpbusd` where AVX-512 has VNNI). torch: F.linear in float32, over copies too; for "bf16" and "medium" on bfloat16 x
 and W where the CPU has an instruction for it and AVX-512 is not ruled out. "medium" is `precision`; where the CPU
-multiplies no faster that way it computes the same as without. "bf16" with it is related to the FMA roof too, and passes
-it where integers or bfloat16 numbers are multiplied.
+multiplies no faster that way it computes the same as without. "bf16" with it is related to the roof of bfloat16
+products, with AMX all formats are; without instructions for them to the FMA roof, which integers pass.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def product(compare, k, n, rows, format, precision):
     cast = x.to(torch.bfloat16 if half else torch.float32)
     bytes_ = packed.nbytes + 4 * rows * (k + n)
     roof = "int8" if format in ("int8", "int4") else "fma"
+    if rows > 16 and precision == "medium" and (format == "bf16" or (native and torch.cpu._is_amx_tile_supported())):
+        roof = "bf16"
     name = f"M = {rows}, {k} -> {n}, {format}" + (", medium" if precision == "medium" else "")
     compare(
         Case("packed_linear", name, 2 * rows * k * n, bytes_, roof=roof),

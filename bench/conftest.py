@@ -56,7 +56,7 @@ def compare(benchmark, request):
             if dense is not None:  # another result, for the relation of the times
                 runs["dense"] = dense
             rounds = 3 if request.config.getoption("--short") else 25
-            seconds = measure(runs | {"fma": roofs().fma, "read": roofs().read, "int8": roofs().int8}, rounds)
+            seconds = measure(runs | roofs().runs(), rounds)
             row = record(case, seconds, backend_of(case.operation))
             benchmark.extra_info.update(ratio_to_torch=row.ratio_to_torch, percent_of_roof=row.percent_of_roof)
             benchmark.pedantic(ours, rounds=min(rounds, max(1, int(0.2 / seconds["ours"]))), iterations=1)

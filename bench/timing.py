@@ -2,8 +2,9 @@
 
 A case times ours, the reference, torch's own and the roofs in turn, round after round, so that a change of the
 machine's clock or load meets all of them; a figure is the median over the rounds. The roofs are loops of the native
-module (`csrc/cpu/roof.cpp`) on the same threads: fused multiply-adds from registers, and one pass over 256 MiB. Data
-that fit the caches are read faster than that: more than 100 % of the roof.
+module (`csrc/cpu/roof.cpp`) on the same threads: fused multiply-adds from registers, products of 8-bit integers and of
+bfloat16 numbers, and one pass over 256 MiB. Data that fit the caches are read faster than that: more than 100 % of the
+roof.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Case:
     series: str = ""
     length: int = 0
     density: float = 0.0
-    roof: str = "fma"  # or "int8": which of the roofs its FLOPs have
+    roof: str = "fma"  # or "int8", or "bf16", which is "fma" without instructions for it: the roof of its FLOPs
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Row:
     density: float = 0.0  # of sparse attention's pattern, with the time of our own dense kernel on the same shape
     dense_us: float = 0.0
     int8_gops: float = 0.0
+    bf16_gflops: float = 0.0  # 0 where the CPU has no instructions for it
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -101,8 +103,8 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
     """Relates the times to the roof: the larger of flops / FMA peak and bytes / read bandwidth is 100 %."""
     ours = seconds["ours"]
     fma, read = roofs().fma_flops / seconds["fma"], READ_BYTES / seconds["read"]
-    int8 = roofs().int8_ops / seconds["int8"]
-    peak = int8 if case.roof == "int8" else fma
+    int8, bf16 = roofs().int8_ops / seconds["int8"], roofs().bf16_flops / seconds["bf16"]
+    peak = {"fma": fma, "int8": int8, "bf16": bf16 or fma}[case.roof]
     row = Row(
         case.operation,
         case.name,
@@ -123,6 +125,7 @@ def record(case: Case, seconds: dict[str, float], backend: str) -> Row:
         case.density,
         seconds.get("dense", 0.0) * 1e6,
         int8 / 1e9,
+        bf16 / 1e9,
     )
     RESULTS.append(row)
     return row
@@ -137,6 +140,11 @@ class Roofs:
     read: Callable[[], object]
     int8: Callable[[], object]
     int8_ops: float
+    bf16: Callable[[], object]
+    bf16_flops: float
+
+    def runs(self) -> dict[str, Callable[[], object]]:
+        return {"fma": self.fma, "read": self.read, "int8": self.int8, "bf16": self.bf16}
 
 
 @functools.cache
@@ -146,7 +154,7 @@ def roofs() -> Roofs:
     native = [name for name in qvl_kernels.available_backends() if name.startswith("cpu")]
     if not native:
         a, b = torch.randn(2, 768, 768)
-        return Roofs(lambda: a @ b, 2.0 * 768**3, data.sum, lambda: a @ b, 2.0 * 768**3)
+        return Roofs(lambda: a @ b, 2.0 * 768**3, data.sum, lambda: a @ b, 2.0 * 768**3, lambda: None, 0.0)
     module, sink = _backends.module(native[0], "roof"), torch.empty(256)
     return Roofs(
         lambda: module.fma_loop(50_000, sink),
@@ -154,6 +162,8 @@ def roofs() -> Roofs:
         lambda: module.read_loop(data, sink),
         lambda: module.int8_loop(50_000, sink),
         module.int8_loop(1, sink) * 50_000,
+        lambda: module.bf16_loop(20_000, sink),
+        module.bf16_loop(1, sink) * 20_000,
     )
 
 
@@ -219,6 +229,7 @@ def machine() -> dict[str, object]:
         "read_gbytes": round(median(row.read_gbytes for row in RESULTS), 1),
         "fma_gflops": round(median(row.fma_gflops for row in RESULTS), 1),
         "int8_gops": round(median(row.int8_gops for row in RESULTS), 1),
+        "bf16_gflops": round(median(row.bf16_gflops for row in RESULTS), 1),
     }
 
 

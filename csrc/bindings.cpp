@@ -212,6 +212,13 @@ double int8_loop(std::int64_t steps, const TensorView& sink) {
   return cpu::int8_loop(steps, threads(), sink.as<float>());
 }
 
+double bf16_loop(std::int64_t steps, const TensorView& sink) {
+  contiguous(sink, sink.numel(), DType::f32, sink, "bf16_loop: sink");
+  require(sink.device < 0 && sink.numel() >= threads(), "bf16_loop: sink");
+  py::gil_scoped_release release;
+  return cpu::bf16_loop(steps, threads(), sink.as<float>());
+}
+
 void read_loop(const TensorView& data, const TensorView& sink) {
   contiguous(data, data.numel(), DType::f32, sink, "read_loop: data");
   contiguous(sink, sink.numel(), DType::f32, sink, "read_loop: sink");
@@ -238,6 +245,7 @@ PYBIND11_MODULE(QVL_MODULE, m) {
   m.def("packed_linear_backward", &qvl::packed_linear_backward);
   m.def("fma_loop", &qvl::fma_loop);
   m.def("int8_loop", &qvl::int8_loop);
+  m.def("bf16_loop", &qvl::bf16_loop);
   m.def("read_loop", &qvl::read_loop);
   qvl::py::class_<qvl::Recording>(m, "Recording", qvl::py::module_local())
       .def(qvl::py::init<>())

@@ -141,6 +141,7 @@ void sparse_attention(const SparseAttentionParams& p, std::int64_t threads);
 void sparse_attention_backward(const SparseAttentionBackwardParams& p);
 double fma_loop(std::int64_t steps, std::int64_t threads, float* sink);
 double int8_loop(std::int64_t steps, std::int64_t threads, float* sink);
+double bf16_loop(std::int64_t steps, std::int64_t threads, float* sink);
 void read_loop(const float* data, std::int64_t n, std::int64_t threads, float* sink);
 void rms_norm(const RmsNormParams& p);
 void rms_norm_backward(const RmsNormBackwardParams& p);

@@ -8,7 +8,8 @@ product is then at most, with dx and dw half the steps (`rounding_of_factors`):
                                            dx = max|x| / 16382, dw = max|W| / 4094    "int4" for many rows
 
 With precision="medium" and many rows: dx = max|x| / 8190, dw = max|W| / 8190 with "fp32" and "bf16", or dx = |x| / 256
-and dw = 0 with "bf16" on AMD with AVX512_BF16; dx = max|x| / 254 and dw = 0 with "int8" and "int4".
+and dw = 0 with "bf16" on AMD with AVX512_BF16; dx = max|x| / 254 and dw = 0 with "int8" and "int4". With AMX, but for
+"fp32", dx = |x| / 256, and dw = |W| / 256 or, with "bf16", 0.
 """
 
 import os
@@ -29,6 +30,7 @@ BACKENDS = backends_of("packed_linear")
 FORMATS = ["fp32", "bf16", "int8", "int4"]
 FEW_ROWS = 16
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+AMX = "amx_bf16" in CPU and os.environ.get("QVL_AMX") != "0"
 # (M, K, N): M = 1 with every remainder of K and N that a kernel can have, the borders between its regimes, and tiles.
 SHAPES = [
     *((1, k, 5) for k in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 111, 127, 128, 129, 255, 257, 300, 640)),
@@ -55,10 +57,19 @@ def has_bf16_dots():
     return amd and getattr(preferred, "backend", "reference") == "cpu_avx512"
 
 
+def has_amx():
+    """Whether the backend in use multiplies registers of bfloat16 numbers."""
+    preferred = _backends._operations["packed_linear"].preferred()
+    return AMX and getattr(preferred, "backend", "reference") == "cpu_avx512"
+
+
 def rounding_of_factors(x, weight, format, precision):
     """The bound of the docstring, (M, N)."""
     x, weight = x.double(), weight.double()
     medium = precision == "medium" and x.shape[0] > FEW_ROWS
+    if medium and format != "fp32" and has_amx():
+        dx, dw = x.abs() / 256, weight.abs() / (torch.inf if format == "bf16" else 256)
+        return dx @ weight.abs().T + (x.abs() + dx) @ dw.T
     if medium and format == "bf16" and has_bf16_dots():
         return (x.abs() / 256) @ weight.abs().T
     if (format in ("fp32", "bf16") and not medium) or not x.numel() or not weight.numel():
@@ -266,6 +277,38 @@ def test_avx_vnni():
     run = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(run, env={**os.environ, "QVL_AVX_VNNI": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]  # 5 if no test was chosen
+
+
+@pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
+def test_avx512_without_amx():
+    """The tests above on the same CPU with AMX ruled out."""
+    run = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "cpu_avx512"]
+    done = subprocess.run(run, env={**os.environ, "QVL_AMX": "0"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]  # 5 if no test was chosen
+
+
+@pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
+def test_amx_beside_torch():
+    """torch's products configure and use the same registers on the same threads."""
+    x, weight = torch.randn(70, 300), torch.randn(130, 300)
+    packed = pack_linear(weight, format="bf16")
+    alone, own = packed_linear(x, packed), x.bfloat16() @ weight.bfloat16().T
+    for _ in range(3):
+        assert torch.equal(x.bfloat16() @ weight.bfloat16().T, own)
+        assert torch.equal(packed_linear(x, packed), alone)
+
+
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_activations(backend, rows):
+    """An infinity stays one, whatever parts a number is cut into."""
+    x, packed = torch.randn(rows, 64), pack_linear(torch.rand(12, 64) + 0.5, format="bf16")
+    x[0, 3], x[1, 5], x[2, 7] = torch.inf, -torch.inf, torch.finfo(torch.float32).max / 64
+    with on(backend):
+        ours = packed_linear(x, packed)
+    assert (ours[0] == torch.inf).all()
+    assert (ours[1] == -torch.inf).all()
+    assert ours[2:].isfinite().all()
 
 
 def test_module_replaces_a_linear_layer():

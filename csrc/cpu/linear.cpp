@@ -11,6 +11,7 @@
 //   task     kOutputs outputs: their sums (kBlockStrips * 6 * 512 bytes) stay in L2 over all of K, then bias,
 //            activation and residual are applied and y is written once
 
+#include "linear_amx.h"
 #include "linear_products.h"
 #include "linear_rounded.h"
 #include "parallel.h"
@@ -102,6 +103,7 @@ void with_product(const PackedLinearParams& p, const F& f) {
 }  // namespace
 
 std::int64_t packed_linear_scratch_bytes(const PackedLinearParams& p, std::int64_t threads) {
+  if (is_linear_amx(p)) return linear_amx_scratch_bytes(p, threads);
   if (is_linear_decode(p)) return linear_decode_scratch_bytes(p);
   std::int64_t bytes = 0;
   with_product(p, [&](auto product, std::int64_t depth) { bytes = Plan<decltype(product)>(p, depth).bytes(threads); });
@@ -110,6 +112,7 @@ std::int64_t packed_linear_scratch_bytes(const PackedLinearParams& p, std::int64
 
 void packed_linear(const PackedLinearParams& p, std::int64_t threads) {
   if (p.y.numel() == 0) return;
+  if (is_linear_amx(p)) return linear_amx(p, threads);
   if (is_linear_decode(p)) return linear_decode(p, threads);
   with_product(p, [&](auto product, std::int64_t depth) {
     with_x_type(p.x.dtype, [&](auto t) { run<decltype(product), decltype(t)>(p, depth, threads); });

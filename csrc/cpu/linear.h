@@ -11,7 +11,9 @@ constexpr std::int64_t kOutputs = 128;  // of a task of linear.cpp: the distance
 
 inline bool is_quantized(const PackedLinearParams& p) { return p.scale.data != nullptr; }
 
-// linear_decode.cpp: few rows of x, where reading the weights is all that costs.
+// linear_decode.cpp: few rows of x, where reading the weights is all that costs. For so few nothing is rounded because
+// of `PackedLinearParams::rounded`.
+constexpr std::int64_t kDecodeRows = 16;
 bool is_linear_decode(const PackedLinearParams& p);
 std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p);
 void linear_decode(const PackedLinearParams& p, std::int64_t threads);
@@ -24,12 +26,14 @@ void with_x_type(DType dtype, const F& f) {
   });
 }
 
-inline float bf16_at(const TensorView& t, std::int64_t i) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(t.as<bf16>()[i].bits) << 16;
+inline float to_float(bf16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+inline float bf16_at(const TensorView& t, std::int64_t i) { return to_float(t.as<bf16>()[i]); }
 
 // W[n, k0 ... k0 + count) as floats, and zeros up to `padded`. Quantised rows: k0 at a multiple of 16 or of the vector,
 // and up to a whole vector more than `count` is decoded.
@@ -84,25 +88,29 @@ void finish(const PackedLinearParams& p, std::int64_t row, std::int64_t first, s
             const float* up) {
   using V = Vec<float>;
   const std::int64_t outputs = p.y.size[1], at = row * outputs + first;
-  const float* const bias = p.bias.as<float>();
-  for (std::int64_t i = 0; i < count; i += V::N) {
-    const std::int64_t n = std::min<std::int64_t>(V::N, count - i);
+  const float* const bias = p.bias.data == nullptr ? nullptr : p.bias.as<float>() + first;
+  const T* const residual = p.residual.data == nullptr ? nullptr : p.residual.as<T>() + at;
+  T* const to = p.y.as<T>() + at;
+  const auto step = [&](std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
     V y = load(sums + i);
-    if (bias != nullptr) y = y + load_up_to(bias + first + i, n);
+    if (bias != nullptr) y = y + load_up_to(bias + i, n);
     if (p.activation == Activation::gelu_tanh) {
       const V inner = y * fma(y * y, V(1.5957691216057308f * 0.044715f), V(1.5957691216057308f));  // 2 sqrt(2 / pi)
       y = y * sigmoid(inner);
     } else if (p.activation == Activation::swiglu) {
       V u = load(up + i);
-      if (bias != nullptr) u = u + load_up_to(bias + outputs + first + i, n);
+      if (bias != nullptr) u = u + load_up_to(bias + outputs + i, n);
       y = y * sigmoid(y) * u;
     }
-    if (p.residual.data != nullptr) y = y + load_up_to(p.residual.as<T>() + at + i, n);
+    if (residual != nullptr) y = y + load_up_to(residual + i, n);
     if (n == V::N)
-      store(p.y.as<T>() + at + i, y);
+      store(to + i, y);
     else
-      store(p.y.as<T>() + at + i, y, static_cast<int>(n));
-  }
+      store(to + i, y, static_cast<int>(n));
+  };
+  std::int64_t i = 0;
+  for (; i + V::N <= count; i += V::N) step(i, V::N);
+  if (i < count) step(i, count - i);
 }
 
 }  // namespace qvl::cpu

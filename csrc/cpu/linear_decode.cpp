@@ -1,7 +1,7 @@
 // y = x W^T for few rows of x: every weight is read once, and reading is all that may cost.
 //
-// Regime: M = 1 to kMostRows, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. x is prepared once, as float32 or,
-// for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or L2); 16 bits lose almost nothing
+// Regime: M = 1 to kDecodeRows, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. x is prepared once, as float32
+// or, for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or L2); 16 bits lose almost nothing
 // (2^-16 of a block's largest).
 //
 //   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
@@ -25,7 +25,6 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr std::int64_t kMostRows = 16;
 constexpr std::int64_t kChunk = 32;    // outputs of a stream whose sums are finished together, at most
 constexpr std::int64_t kAhead = 4096;  // bytes of prefetch: what memory delivers in its latency
 constexpr std::int64_t kScales = 64;   // of a row of weights, brought into floats at once
@@ -357,7 +356,7 @@ void run(const PackedLinearParams& p, std::int64_t threads) {
 
 }  // namespace
 
-bool is_linear_decode(const PackedLinearParams& p) { return p.x.size[0] <= kMostRows; }
+bool is_linear_decode(const PackedLinearParams& p) { return p.x.size[0] <= kDecodeRows; }
 
 std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p) {
   return Layout(p).size * static_cast<std::int64_t>(sizeof(float));

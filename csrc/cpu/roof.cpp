@@ -3,6 +3,7 @@
 
 #include "../params.h"
 #include "parallel.h"
+#include "vec_amx.h"
 #include "vec_linear.h"
 
 namespace qvl::cpu {
@@ -63,6 +64,60 @@ double int8_loop(std::int64_t steps, std::int64_t threads, float* sink) {
   });
   const int sums = has_vnni() ? kInt8Sums<true> : kInt8Sums<false>;
   return 2.0 * 4 * IntVec::N * sums * static_cast<double>(steps) * static_cast<double>(threads);
+}
+
+#if defined(__AVX512F__)
+
+// Four independent sums hide the latency of 52 cycles behind 16 each.
+float amx_steps(std::int64_t steps) {
+  alignas(64) static constexpr float kZeros[kTileRows * kTileBytes / 4] = {};
+  alignas(64) float made[kTileRows * kTileBytes / 4];
+  const Tiles tiles;
+  load_tile_register<4>(kZeros), load_tile_register<5>(kZeros);
+  load_tile_register<6>(kZeros), load_tile_register<7>(kZeros);
+  clear_tile_register<0>(), clear_tile_register<1>(), clear_tile_register<2>(), clear_tile_register<3>();
+  for (std::int64_t i = 0; i < steps; ++i) {
+    dot_halves<0, 4, 6>();
+    dot_halves<1, 4, 7>();
+    dot_halves<2, 5, 6>();
+    dot_halves<3, 5, 7>();
+  }
+  store_tile_register<0>(made);
+  return made[0];
+}
+
+float dot_steps(std::int64_t steps) {
+  Vec<float> acc[12];
+  IntVec x = repeat_byte(0);
+  clear(acc);
+  for (std::int64_t i = 0; i < steps; ++i)
+#pragma GCC unroll 12
+    for (auto& a : acc) {
+      a = add_dot_halves(a, x, x);
+      keep(x);
+    }
+  Vec<float> total = Vec<float>::zero();
+  for (const auto& a : acc) total = total + a;
+  return sum(total);
+}
+
+#endif
+
+// The same with products of bfloat16: of AMX's registers, or `vdpbf16ps` where that takes no longer than an FMA; 0
+// where the CPU has nothing for them and FMAs are what there is.
+double bf16_loop(std::int64_t steps, std::int64_t threads, float* sink) {
+#if defined(__AVX512F__)
+  const bool amx = has_amx();
+  if (!amx && !has_fast_bf16()) return 0.0;
+  parallel_for(threads, kSerialElements, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t thread = begin; thread < end; ++thread) sink[thread] = amx ? amx_steps(steps) : dot_steps(steps);
+  });
+  return (amx ? 4.0 * 2 * kTileRows * kTileRows * kTileHalves : 12.0 * 4 * Vec<float>::N) * static_cast<double>(steps) *
+         static_cast<double>(threads);
+#else
+  (void)steps, (void)threads, (void)sink;
+  return 0.0;
+#endif
 }
 
 // Reads n floats once, each thread its own part, 8 vectors in flight.
