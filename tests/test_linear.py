@@ -224,6 +224,28 @@ def test_extremes_do_not_overflow(backend, rows, format, precision):
             check(factor, packed, packed_linear(factor, packed, precision=precision), precision=precision)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_integers_are_multiplied_exactly(backend):
+    """x and W that are integers already, 127 the largest of each 128: y is exact.
+
+    Each 16 outputs have one sum of four weights that is the largest that can be multiplied by 127 in 16 bits, 258, or
+    the next, or the largest of all, of either sign: what `vpmaddubsw` and additions in 16 bits must get right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    fours = [(127, 127, 4, 0), (127, 126, 4, 2), (127, 127, 127, 127), (127, 0, 127, 4), (0, 127, 127, 5)]
+    weight = torch.randint(-40, 41, (32 * len(fours), 256), generator=generator).float()
+    weight[:, 2::128] = 127.0
+    for i, four in enumerate(fours):
+        for j, sign in enumerate((1, -1)):
+            weight[32 * i + 16 * j + 3, torch.tensor([24, 25, 28, 29])] = sign * torch.tensor(four).float()
+    x = torch.randint(0, 128, (31, 256), generator=generator).float()
+    x[15:] = 127.0
+    x[:, 6::128], x[:, 7::128] = 127.0, 0.0
+    packed = pack_linear(weight, format="int8")
+    with on(backend):
+        assert torch.equal(packed_linear(x, packed, precision="medium").double(), x.double() @ weight.double().T)
+
+
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5, 40])

@@ -87,7 +87,6 @@ inline void store_pairs(float* p, Vec<float> a, Vec<float> b) {
 }
 inline void store_words(float* p, IntVec a) { _mm512_storeu_si512(p, a.v); }
 inline IntVec repeat_byte(int byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
-inline IntVec repeat_word(int word) { return {_mm512_set1_epi16(static_cast<short>(word))}; }
 inline IntVec negative(IntVec a) { return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)}; }
 inline IntVec repeat_pair(const float* p) {
   std::int32_t pair;
@@ -164,10 +163,6 @@ inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
-// Numbers of 0 to 255, rounded to nearest even.
-inline void store_bytes(std::uint8_t* p, Vec<float> a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
-}
 
 #else
 
@@ -183,7 +178,6 @@ inline void store_pairs(float* p, Vec<float> a, Vec<float> b) {
 }
 inline void store_words(float* p, IntVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline IntVec repeat_byte(int byte) { return {_mm256_set1_epi8(static_cast<char>(byte))}; }
-inline IntVec repeat_word(int word) { return {_mm256_set1_epi16(static_cast<short>(word))}; }
 inline IntVec negative(IntVec a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
 inline IntVec repeat_pair(const float* p) { return {_mm256_castps_si256(_mm256_broadcast_ss(p))}; }
 inline Words words(const std::int8_t* p, int n) {
@@ -255,11 +249,6 @@ inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
 inline __m128i load_lanes(const std::uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
-inline void store_bytes(std::uint8_t* p, Vec<float> a) {
-  const __m256i i = _mm256_cvtps_epi32(a.v);
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
-}
 
 #endif
 
@@ -317,19 +306,6 @@ inline void split_nibbles(const std::uint8_t* p, float* to) {
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum.v), "=&x"(product.v) : "x"(a.v), "x"(b.v));
 #endif
   return sum;
-}
-// acc + products of four unsigned bytes of a, at most 127, with four signed ones at b. In assembly for the reason of
-// add_dot_pairs; b comes from memory each time, because `ones` takes its register.
-[[gnu::always_inline]] inline IntVec add_dot_sevens(IntVec acc, IntVec a, const float* b, IntVec ones) {
-#if defined(__AVX512F__)
-  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, load_pairs(b).v), ones.v))};
-#else
-  IntVec sum = acc, product;
-  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(sum.v), "=&x"(product.v)
-      : "x"(a.v), "m"(*reinterpret_cast<const __m256i_u*>(b)), "x"(ones.v));
-  return sum;
-#endif
 }
 // int32 lanes: sums of two int16 each
 inline IntVec sum_pairs(IntVec a) {
