@@ -2,7 +2,7 @@
 //
 // Regime: prompts, images, training; 2 M N K FLOPs. The weights lie row-major in their format; a panel of them (2 or 4
 // vectors of outputs) is brought into the tile's order once for kBlockStrips strips, 2 % of the product. What strips
-// and panels hold is the business of the kinds of product (linear_products.h, linear_rounded.h):
+// and panels hold is the business of the kinds of product (linear_products.h, linear_rounded.h, linear_sevens.h):
 //
 //   strips   6 rows of x, [depth][6], made once for all outputs
 //   panel    its vectors of outputs times kDepth of K, in L1 (16 to 32 KiB) while all strips of the block pass it
@@ -14,6 +14,7 @@
 #include "linear_amx.h"
 #include "linear_products.h"
 #include "linear_rounded.h"
+#include "linear_sevens.h"
 #include "parallel.h"
 
 namespace qvl::cpu {
@@ -87,7 +88,8 @@ void with_product(const PackedLinearParams& p, const F& f) {
   const std::int64_t k = p.x.size[1], blocks = round_up(k, kBlock);
   if (is_quantized(p)) {
     const bool fours = p.rounded && p.weight.dtype == DType::u8;
-    if (!has_vnni()) return fours ? f(Fours<false>{}, blocks) : f(Integers<false>{}, blocks);
+    if (!has_vnni())
+      return fours ? f(Fours<false>{}, blocks) : p.rounded ? f(Sevens{}, blocks) : f(Integers<false>{}, blocks);
     return fours ? f(Fours<true>{}, blocks) : p.rounded ? f(Bytes{}, blocks) : f(Integers<true>{}, blocks);
   }
 #if defined(__AVX512F__)

@@ -61,12 +61,18 @@ inline void decode(const PackedLinearParams& p, std::int64_t n, std::int64_t k0,
 
 inline float quantize_block(const float* x, float limit, std::int16_t* q) { return quantize(x, kBlock, limit, q); }
 
-// kBlock numbers of a row of x (of the last where there are fewer) from k on, as above, and zeros beyond its end.
+// kBlock numbers of a row of x (of the last where there are fewer) from k on, and zeros beyond its end.
+template <class T>
+void widen_x(const PackedLinearParams& p, std::int64_t row, std::int64_t k, float* wide) {
+  const T* const from = p.x.as<T>() + std::min(row, p.x.size[0] - 1) * p.x.stride[0] + k;
+  widen(from, std::min<std::int64_t>(kBlock, p.x.size[1] - k), kBlock, wide);
+}
+
+// The same as integers, as above.
 template <class T>
 float quantize_x(const PackedLinearParams& p, std::int64_t row, std::int64_t k, float limit, std::int16_t* q) {
   float wide[kBlock];
-  const T* const from = p.x.as<T>() + std::min(row, p.x.size[0] - 1) * p.x.stride[0] + k;
-  widen(from, std::min<std::int64_t>(kBlock, p.x.size[1] - k), kBlock, wide);
+  widen_x<T>(p, row, k, wide);
   return quantize_block(wide, limit, q);
 }
 

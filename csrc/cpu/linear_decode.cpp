@@ -12,12 +12,16 @@
 //   fp32, bf16   W in vectors along K, widened in registers, times up to kTile rows of x
 //   int8         weights widened to int16, `vpmaddwd` (`vpdpwssd` with VNNI) with x, added up over a block of 128 in
 //                int32 (128 / 16 times 2 * 127 * 32767 is below 2^31), then scaled into float sums
-//   int4         the four int16 vectors of 64 (AVX-512: 128) weights come from one shift and four masks, without a
-//                shuffle, since x was put in their order (even, then odd of each 32) when it was rounded. The high half
-//                of a byte stays where it is, 16 times the weight, and 1 / 16 is in the step. 15 vector instructions
-//                for 32 (64) bytes. The minimum times the sum of a group of x is a product over groups
+//   int4         four vectors of int16 from 64 (AVX-512: 128) weights take a shift, two swaps and four masks, since x
+//                was put in their order when it was rounded (`Nibbles`). Low and high halves of a byte alternate in
+//                each, so that one sum holds both groups and one product by alternating scales ends it: nine vector
+//                instructions for a row of x, as for int8, six of them on the ports that multiply. High halves stay
+//                where they are, 16 times the weight, and 1 / 16 is in the step. The minimum times the sum of a group
+//                of x is a product over groups
 //
 // More rows of x than kTile pass the weights of a strip again, from L2.
+
+#include <numeric>
 
 #include "linear.h"
 #include "parallel.h"
@@ -33,20 +37,18 @@ constexpr int kMostSums = 32;  // rows of x times streams
 
 constexpr float kLimit = 32767.0f;
 
-// Where things lie in scratch, in floats. `half` is what each kind of group takes: all of int8's, and for int4 first
-// the even ones, the low halves of 32 bytes, then the odd ones.
+// Where things lie in scratch, in floats. `stride` is what a row of x has of each group.
 struct Layout {
-  std::int64_t width, groups, half, kinds;
+  std::int64_t width, groups, stride;
   std::int64_t x, step, sum, size;
 
   explicit Layout(const PackedLinearParams& p) {
     const std::int64_t rows = p.x.size[0], k = p.x.size[1];
     Pieces pieces;
-    width = round_up(k, kBlock), groups = is_quantized(p) ? p.scale.size[1] : 0;
-    kinds = p.minimum.data != nullptr ? 2 : 1, half = round_up(groups / kinds, 16);
+    width = round_up(k, kBlock), groups = is_quantized(p) ? p.scale.size[1] : 0, stride = round_up(groups, 16);
     x = pieces.take(rows * width);
-    step = pieces.take(rows * kinds * half);
-    sum = pieces.take(rows * kinds * half);
+    step = pieces.take(rows * stride);
+    sum = pieces.take(rows * stride);
     size = pieces.size();
   }
 };
@@ -133,7 +135,6 @@ template <int M, int R, bool kVnni>
   }
 }
 
-// The same; the scales of even groups lie before those of odd ones.
 template <int M, int R, bool kVnni>
 [[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece& piece, const float (&scaled)[R * M][kScales],
                                             Vec<float> (&acc)[R * M]) {
@@ -141,18 +142,17 @@ template <int M, int R, bool kVnni>
   for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
     ask<R>(w, line);
 #pragma GCC unroll 2
-    for (std::int64_t i = line; i < line + 64; i += Nibbles::kBytes, scale += Nibbles::kBytes / 32) {
+    for (int i = 0; i < 64; i += Nibbles::kBytes, scale += Nibbles::kBytes / 16) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const Nibbles a = nibbles(w.row<std::uint8_t>(r) + i);
+        const Nibbles a = nibbles(w.row<std::uint8_t>(r) + line + i);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const std::int16_t* const part = piece.x + m * piece.x_row + 2 * i;
-          const float* const by = scale + (r * M + m) * kScales;
-          Vec<float>& sum = acc[r * M + m];
-          const Ints even = products(a.even_low, words(part)), more = products(a.even_high, words(part + 2 * Words::N));
-          sum = add_scaled(add_products<kVnni>(even, a.odd_low, words(part + Words::N)), by, sum);
-          sum = add_scaled(add_products<kVnni>(more, a.odd_high, words(part + 3 * Words::N)), by + kScales / 2, sum);
+          const std::int16_t* const x = piece.x + m * piece.x_row + 2 * line + 2 * i;
+          Ints sum = products(a.part[0], words(x));
+#pragma GCC unroll 3
+          for (int j = 1; j < 4; ++j) sum = add_products<kVnni>(sum, a.part[j], words(x + j * Words::N));
+          acc[r * M + m] = add_scaled(sum, scale + (r * M + m) * kScales, acc[r * M + m]);
         }
       }
     }
@@ -175,6 +175,7 @@ template <int N>
 template <class W, bool kVnni>
 struct Product {
   static constexpr bool kFloats = std::is_same_v<W, float> || std::is_same_v<W, bf16>;
+  static constexpr bool kMinima = std::is_same_v<W, std::uint8_t>;
   const PackedLinearParams& p;
   const Layout& at;
 
@@ -184,25 +185,20 @@ struct Product {
   void scale_groups(const Streams& w, std::int64_t g, std::int64_t row, float (&scaled)[R * M][kScales],
                     Vec<float> (&acc)[R * M]) const {
     using V = Vec<float>;
-    const std::int64_t stride = at.kinds * at.half, count = std::min(kScales, at.groups - g) / at.kinds;
-    const float* const memory = p.scratch.as<float>() + row * stride + g / at.kinds;
+    const std::int64_t count = std::min(kScales, at.groups - g);
+    const float* const memory = p.scratch.as<float>() + row * at.stride + g;
     for (int r = 0; r < R; ++r) {
       const std::int64_t from = (w.n + r * w.apart) * at.groups + g;
       const bf16 *const scale = p.scale.as<bf16>() + from, *const minimum = p.minimum.as<bf16>() + from;
       for (std::int64_t i = 0; i < count; i += V::N) {
-        if (at.kinds == 1) {
-          const V scales = load_up_to(scale + i, count - i);
-          for (int m = 0; m < M; ++m) store(scaled[r * M + m] + i, scales * load(memory + at.step + m * stride + i));
-          continue;
-        }
-        const EvenOdd scales = even_odd(scale + 2 * i, count - i), minima = even_odd(minimum + 2 * i, count - i);
+        const V scales = load_up_to(scale + i, count - i);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          const float *const step = memory + at.step + m * stride + i, *const total = memory + at.sum + m * stride + i;
-          V& sum = acc[r * M + m];
-          store(scaled[r * M + m] + i, scales.even * load(step));
-          store(scaled[r * M + m] + kScales / 2 + i, scales.odd * load(step + at.half));
-          sum = fma(minima.even, load(total), fma(minima.odd, load(total + at.half), sum));
+        for (int m = 0; m < M; ++m) store(scaled[r * M + m] + i, scales * load(memory + at.step + m * at.stride + i));
+        if constexpr (kMinima) {
+          const V minima = load_up_to(minimum + i, count - i);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m)
+            acc[r * M + m] = fma(minima, load(memory + at.sum + m * at.stride + i), acc[r * M + m]);
         }
       }
     }
@@ -220,7 +216,7 @@ struct Product {
       for (int r = 0; r < R; ++r) {
         const std::int64_t next = (w.n + r * w.apart + 1) * at.groups;
         prefetch(p.scale.as<bf16>() + next, at.groups * 2);
-        if (at.kinds == 2) prefetch(p.minimum.as<bf16>() + next, at.groups * 2);
+        if (kMinima) prefetch(p.minimum.as<bf16>() + next, at.groups * 2);
       }
       alignas(64) float scaled[R * M][kScales];
       for (std::int64_t g = 0; g < at.groups; g += kScales) {
@@ -287,39 +283,37 @@ struct Product {
   }
 };
 
-// A block of x in the order of int4's halves (vec_linear.h), and what its groups need.
-void order_as_nibbles(const std::int16_t* q, float step, std::int16_t* to, float* steps, float* sums,
-                      std::int64_t half) {
+// A block of x in the order of int4's parts (vec_linear.h), and what its groups need.
+void order_as_nibbles(const std::int16_t* q, float step, std::int16_t* to, float* steps, float* sums) {
   constexpr int kTogether = Words::N / 16;  // blocks of 64 that are multiplied at once
-  for (int block = 0; block < kBlock / 64; ++block)
+  for (int block = 0; block < kBlock / 64; ++block, q += 64) {
+    std::int16_t* const parts = to + block / kTogether * 64 * kTogether + block % kTogether * 16;
+    for (int part = 0; part < 4; ++part)
+      for (int i = 0; i < 16; ++i) parts[part * Words::N + i] = q[nibble_at(part, i)];
     for (int high = 0; high < 2; ++high) {
-      const std::int16_t* const from = q + block * 64 + high * 32;
-      std::int16_t* const even = to + block / kTogether * 64 * kTogether + block % kTogether * 16 + high * 2 * Words::N;
-      std::int32_t total = 0;
-      for (int i = 0; i < 16; ++i) even[i] = from[2 * i];
-      for (int i = 0; i < 16; ++i) even[Words::N + i] = from[2 * i + 1];
-      for (int i = 0; i < 32; ++i) total += from[i];
-      steps[high * half + block] = high ? step / 16.0f : step;
-      sums[high * half + block] = step * static_cast<float>(total);
+      const std::int32_t total = std::accumulate(q + high * 32, q + (high + 1) * 32, 0);
+      steps[2 * block + high] = high ? step / 16.0f : step;
+      sums[2 * block + high] = step * static_cast<float>(total);
     }
+  }
 }
 
 // x as the dot products read it.
 template <class T>
 void load_x(const PackedLinearParams& p, const Layout& at, std::int64_t row) {
-  const std::int64_t k = p.x.size[1], stride = at.kinds * at.half;
+  const std::int64_t k = p.x.size[1];
   float* const memory = p.scratch.as<float>();
   if (!is_quantized(p)) return widen(p.x.as<T>() + row * p.x.stride[0], k, at.width, memory + at.x + row * at.width);
   std::int16_t* const to = reinterpret_cast<std::int16_t*>(memory + at.x) + row * at.width;
-  float *const steps = memory + at.step + row * stride, *const sums = memory + at.sum + row * stride;
-  std::fill_n(steps, stride, 0.0f);
-  std::fill_n(sums, stride, 0.0f);
+  float *const steps = memory + at.step + row * at.stride, *const sums = memory + at.sum + row * at.stride;
+  std::fill_n(steps, at.stride, 0.0f);
+  std::fill_n(sums, at.stride, 0.0f);
   for (std::int64_t b = 0; b < at.width; b += kBlock) {
     std::int16_t q[kBlock];
-    if (at.kinds == 1)
+    if (p.minimum.data == nullptr)
       steps[b / kBlock] = quantize_x<T>(p, row, b, kLimit, to + b);
     else
-      order_as_nibbles(q, quantize_x<T>(p, row, b, kLimit, q), to + b, steps + b / 64, sums + b / 64, at.half);
+      order_as_nibbles(q, quantize_x<T>(p, row, b, kLimit, q), to + b, steps + b / 32, sums + b / 32);
   }
 }
 
@@ -329,7 +323,7 @@ void with_product(const PackedLinearParams& p, const Layout& at, const F& f) {
   if (p.weight.dtype == DType::f32) return f(Product<float, false>{p, at});
   if (p.weight.dtype == DType::bf16) return f(Product<bf16, false>{p, at});
   const auto quantized = [&](auto vnni) {
-    if (at.kinds == 1)
+    if (p.minimum.data == nullptr)
       f(Product<std::int8_t, decltype(vnni)::value>{p, at});
     else
       f(Product<std::uint8_t, decltype(vnni)::value>{p, at});

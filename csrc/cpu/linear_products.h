@@ -8,11 +8,11 @@
 //              of what int4 has lost. float32 and bfloat16 weights where the caller lets x be rounded, both to 12
 //              bits, <= 4095: an eighth of what rounding to bfloat16 loses of a normal number, at int8's price
 //
-// linear_rounded.h has those that round x to the width of the weights.
+// linear_rounded.h and linear_sevens.h have those that round x to the width of the weights.
 //
 // Without VNNI an integer step is `vpmaddwd` and `vpaddd`: 32 products in two instructions on AVX-512, 16 on AVX2,
-// against 16 and 8 of an FMA; with it 32 in one. `vpmaddubsw` takes more: 8-bit x needs `vpsignb` beside it, three
-// instructions on the two ports that multiply, and loses 8 bits of x.
+// against 16 and 8 of an FMA; with it 32 in one. `vpmaddubsw` takes more where x keeps 8 bits, since it then needs
+// `vpsignb` beside it: three instructions on the two ports that multiply.
 #pragma once
 
 #include "linear.h"

@@ -1,6 +1,6 @@
 // Products of linear.cpp with x rounded to the width of narrow weights, where instructions for narrow numbers do more
-// of them. The caller asks for it (`PackedLinearParams::rounded`). For wide weights, and without such instructions,
-// `Integers` is what rounding leads to.
+// of them. The caller asks for it (`PackedLinearParams::rounded`). For wide weights `Integers` is what rounding leads
+// to, for int8 without VNNI `Sevens` (linear_sevens.h).
 //
 //   Halves   bfloat16 weights as they are, x rounded to bfloat16: `vdpbf16ps`, 32 products an instruction, twice what
 //            an FMA does where both take the same time (AMD; on Intel it takes twice as long and nothing is gained).

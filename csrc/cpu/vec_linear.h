@@ -61,16 +61,17 @@ inline Vec<float> to_float(Ints a) { return _mm256_cvtepi32_ps(a.v); }
 // Asks for a cache line. In assembly, since GCC drops the calls of a function that does nothing else.
 inline void prefetch_line(const void* p) { asm volatile("prefetcht0 %a0" : : "p"(p)); }
 
-// One (AVX2) or two blocks of 64 int4 weights, 32 bytes each, split with one shift: as 16-bit words a block is weights
-// 2 i, 32 + 2 i, 2 i + 1, 33 + 2 i from the lowest bits up. The high ones are 16 times the weight.
+// One (AVX2) or two blocks of 64 int4 weights, 32 bytes each, in four times as many 16-bit integers. Pairs of them are
+// by turns of the first group, the low halves of the bytes, and of the second, the high halves, which are 16 times the
+// weight; so products of all four with x in the same order (`nibble_at`) can be added, and sums of both groups
+// alternate in what comes out.
 struct Nibbles {
   static constexpr int kBytes = 2 * Words::N;
-  Words even_low, odd_low, even_high, odd_high;
+  Words part[4];
 };
-// bfloat16 numbers with even and with odd index, as floats.
-struct EvenOdd {
-  Vec<float> even, odd;
-};
+// Which weight of a block part[p] has at i. Parts 0 and 1 are made of the even and the odd bytes as they lie, 2 and 3
+// of bytes in which neighbouring words of 32 bits have changed places.
+inline int nibble_at(int p, int i) { return (i / 2 % 2 == 1 ? 32 : 0) + 2 * (p >= 2 ? i ^ 2 : i) + p % 2; }
 
 #if defined(__AVX512F__)
 
@@ -139,25 +140,19 @@ template <bool kVnni>
 inline Nibbles nibbles(const std::uint8_t* p) {
   __m512i x = _mm512_loadu_si512(p);
   asm("" : "+v"(x));  // loaded once, not by each that reads it
-  const __m512i odd = _mm512_srli_epi16(x, 8);
-  const __m512i low = _mm512_set1_epi16(15), high = _mm512_set1_epi16(240);
-  return {{_mm512_and_si512(x, low)},
-          {_mm512_and_si512(odd, low)},
-          {_mm512_and_si512(x, high)},
-          {_mm512_and_si512(odd, high)}};
+  const __m512i odd = _mm512_srli_epi16(x, 8), by_turns = _mm512_set1_epi64(0x00f000f0000f000f);
+  const __m512i swapped = _mm512_shuffle_epi32(x, _MM_PERM_CDAB),
+                odd_swapped = _mm512_shuffle_epi32(odd, _MM_PERM_CDAB);
+  return {{{_mm512_and_si512(x, by_turns)},
+           {_mm512_and_si512(odd, by_turns)},
+           {_mm512_and_si512(swapped, by_turns)},
+           {_mm512_and_si512(odd_swapped, by_turns)}}};
 }
 inline Ints products(Words a, Words b) { return {_mm512_madd_epi16(a.v, b.v)}; }
-// c + a by[i] in the lanes of the block of 32 bytes i
+// c + a by[2 b + i % 2] in lane i, of the block of 32 bytes b
 inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
-  const __m512 x = _mm512_cvtepi32_ps(a.v);
-  return _mm512_mask3_fmadd_ps(x, _mm512_set1_ps(by[1]), _mm512_mask3_fmadd_ps(x, _mm512_set1_ps(by[0]), c.v, 0x00ff),
-                               0xff00);
-}
-// 2 n numbers, n <= N, or all.
-inline EvenOdd even_odd(const bf16* p, std::int64_t n) {
-  const __m512i x = n >= 16 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first16(static_cast<int>(n)), p);
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
-          _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536)))};
+  const __m512d four = _mm512_castps_pd(_mm512_broadcast_f32x4(_mm_loadu_ps(by)));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a.v), _mm512_castpd_ps(_mm512_permute_pd(four, 0xf0)), c.v);
 }
 inline Vec<float> to_float(IntVec a) { return _mm512_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
@@ -228,22 +223,17 @@ inline Ints add_products(Ints acc, Words a, Words b) {
 inline Nibbles nibbles(const std::uint8_t* p) {
   __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   asm("" : "+x"(x));
-  const __m256i odd = _mm256_srli_epi16(x, 8);
-  const __m256i low = _mm256_set1_epi16(15), high = _mm256_set1_epi16(240);
-  return {{_mm256_and_si256(x, low)},
-          {_mm256_and_si256(odd, low)},
-          {_mm256_and_si256(x, high)},
-          {_mm256_and_si256(odd, high)}};
+  const __m256i odd = _mm256_srli_epi16(x, 8), by_turns = _mm256_set1_epi64x(0x00f000f0000f000f);
+  const __m256i swapped = _mm256_shuffle_epi32(x, 0xb1), odd_swapped = _mm256_shuffle_epi32(odd, 0xb1);
+  return {{{_mm256_and_si256(x, by_turns)},
+           {_mm256_and_si256(odd, by_turns)},
+           {_mm256_and_si256(swapped, by_turns)},
+           {_mm256_and_si256(odd_swapped, by_turns)}}};
 }
 inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_broadcast_ss(by), c.v);
-}
-inline EvenOdd even_odd(const bf16* p, std::int64_t n) {
-  const int* const pairs = reinterpret_cast<const int*>(p);
-  const __m256i x = n >= 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                           : _mm256_maskload_epi32(pairs, first8(static_cast<int>(n)));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
-          _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)))};
+  double two;
+  std::memcpy(&two, by, sizeof two);
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a.v), _mm256_castpd_ps(_mm256_set1_pd(two)), c.v);
 }
 inline Vec<float> to_float(IntVec a) { return _mm256_cvtepi32_ps(a.v); }
 inline Vec<float> from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
