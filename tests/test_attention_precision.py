@@ -326,7 +326,7 @@ def test_without_amx(file):
 
 
 def test_amx_registers_are_shared_with_torch():
-    """torch configures AMX's registers on the same threads and remembers how; ours must not spoil that, or be spoiled."""
+    """torch sets up AMX's registers on the same threads and remembers how: neither may spoil the other's."""
     query, key, value = inputs(4, 2, 200, 300, 64, 64, torch.bfloat16)
     x, w = torch.randn(2, 96, 72).bfloat16().unbind()
     alone = attention(query, key, value), x @ w.mT, F.scaled_dot_product_attention(query, key, value, enable_gqa=True)

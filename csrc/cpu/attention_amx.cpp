@@ -1,4 +1,28 @@
-// Softmax attention, forward, on AMX: attention.cpp's blocks and tiles with both products in bfloat16.
+// Softmax attention, forward, on AMX: attention.cpp's blocks and tiles with both products of bfloat16.
+//
+// Regime: arithmetic, where queries are bfloat16 or the caller lets factors be rounded (`AttentionParams::rounded`).
+// 256 scores and their values are 128 cycles of AMX for D = 128, and 16 exponentials of 7 cycles: each as long as the
+// other, so everything that is not one of the two counts.
+//
+//   block   up to 640 KiB of queries (bfloat16, as A) and sums (floats, as registers hold them): 832 rows for D = 128,
+//           1696 for D = 64. Row r is position r / G, head r % G of its group, as in attention.cpp
+//   tile    up to 256 keys, K transposed and V by pairs (attention_amx.h), 64 KiB each for D = 128, in L2 with the
+//           block, for which they are packed once
+//   strip   32 rows of a block. Its weights of one tile, 16 KiB as A, stay in L1 between the two products
+//   step    32 keys: 32 x 32 scores, 4 KiB, in one of two places: while AMX computes those of the next step, the vector
+//           units make weights of the last ones, a few rows after each four products
+//
+// Scores are floats, scaled after the product, so that only what is multiplied is rounded: q, k, v (not at all where
+// they are bfloat16) and the weights, whose sums are taken before. Steps that no row of a strip sees are skipped, masks
+// looked at only in steps that some row does not see whole.
+//
+// Weights are relative to a top near the row's largest score (attention_sums.h): that of the first step that it sees,
+// until a tile's sum passes 2^16; then the tile's largest score, and the tile's weights are computed anew. This is
+// decided by row, so that rows do not depend on each other, nor on how many threads there are. A row that has seen
+// nothing has the lowest float as its top, which the first key that it sees is too far above.
+//
+// Source: Dao, FlashAttention-2, 2023, section 3.1; online softmax: Milakov and Gimelshein, 2018.
+
 #include "attention_amx.h"
 
 #include "attention_rows.h"
@@ -9,16 +33,11 @@ namespace qvl::cpu {
 
 namespace {
 
-#ifndef KTILE
-#define KTILE 256
-#endif
-#ifndef KROWBYTES
-#define KROWBYTES (640 << 10)
-#endif
-constexpr int kKeys = KTILE;
-constexpr std::int64_t kRowBytes = KROWBYTES;  // of a block's queries and sums
-constexpr float kMostAdded = 65536;
-constexpr float kLowest = std::numeric_limits<float>::lowest();  // the top of a row that has seen nothing
+constexpr int kKeys = 256;                       // of a tile
+constexpr std::int64_t kBlockBytes = 640 << 10;  // of a block's queries and sums
+constexpr std::int64_t kFewProducts = 1 << 17;   // of a head: as many and fewer are faster without packing
+constexpr float kMostAdded = 65536;              // to a row's sum by one tile, relative to its top
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // Scratch of one thread, in floats.
 struct AmxLayout {
@@ -26,7 +45,7 @@ struct AmxLayout {
   std::int64_t query, out, key, value, scores, weights, top, total, added, size;
 
   AmxLayout(std::int64_t d, std::int64_t dv) : dim(round_up(d, kSide)), columns(round_up(dv, kSide)) {
-    rows = kRowBytes / (2 * dim + 4 * columns) / kSide * kSide;
+    rows = kBlockBytes / (2 * dim + 4 * columns) / kSide * kSide;
     Pieces pieces;
     query = pieces.take(rows * dim / 2);
     out = pieces.take(rows * columns);
@@ -40,7 +59,7 @@ struct AmxLayout {
     size = pieces.size();
   }
 
-  // As Layout::cut.
+  // As Layout::cut does, and below 64 rows packing would cost more than it brings.
   Cut cut(std::int64_t head_rows, std::int64_t len_k, std::int64_t tasks, int) const {
     const auto parts = [](std::int64_t n, std::int64_t size) {
       return std::max<std::int64_t>((n + size - 1) / size, 1);
@@ -55,8 +74,8 @@ struct Strip {
   std::int64_t row;  // the first, of the head
   const bf16* query;
   float *out, *top, *total;
-  std::int64_t begin, end, first_step;  // in steps of the tile; first_step is the one that shows most rows a key
-  bool first;
+  std::int64_t begin, end, first_step;  // steps of the tile; first_step shows every row a key, if one does
+  bool first;                           // no tile was before
 };
 
 template <class T, class S>
@@ -98,9 +117,9 @@ class AmxBlock {
   void load_queries() {
     alignas(64) bf16 buffer[kMaxDim];
     for (std::int64_t r = 0; r < round_up(count_, kSide); ++r) {
-      const bool there = r < count_;
-      to_halves(head_.query_of(first_ + (there ? r : 0)), there ? p_.query.size[3] : 0, at_.dim, 1.0f, buffer);
-      to_rows(buffer, at_.dim, r % kSide, halves(at_.query) + r / kSide * kSide * at_.dim);
+      const std::int64_t dim = r < count_ ? p_.query.size[3] : 0;  // rows that fill up the last strip are zeros
+      const bf16* const row = in_halves(head_.query_of(first_ + std::min(r, count_ - 1)), dim, at_.dim, 1.0f, buffer);
+      to_rows(row, at_.dim, r % kSide, halves(at_.query) + r / kSide * kSide * at_.dim);
     }
     std::fill_n(m_ + at_.top, round_up(count_, kSide), kLowest);
     std::fill_n(m_ + at_.total, round_up(count_, kSide) * kTileRows, 0.0f);
@@ -113,10 +132,8 @@ class AmxBlock {
         const S* const from = data + (tile + j) * row;
         // Rows of a tensor (L, H, D) lie apart: nothing but this reads ahead.
         prefetch(from + std::min<std::int64_t>(16, keys - 1 - j) * row, dim * static_cast<std::int64_t>(sizeof(S)));
-        if constexpr (std::is_same_v<S, bf16>)
-          if (dim % kSide == 0) return from;
-        to_halves(from, dim, round_up(dim, kSide), scale == nullptr ? 1.0f : scale[(tile + j) * scale_row], buffer);
-        return buffer;
+        const float by = scale == nullptr ? 1.0f : scale[(tile + j) * scale_row];
+        return in_halves(from, dim, round_up(dim, kSide), by, buffer);
       };
     };
     pack_transposed_halves(keys, at_.dim, halves(at_.key),
@@ -154,7 +171,7 @@ class AmxBlock {
     add_values(strip);
   }
 
-  // The scores of one step to their weights, and their sums to `added`, 32 rows of 16 lanes.
+  // The strip's weights of the tile, and their sums to `added`, 32 rows of 16 lanes.
   void weigh(const Strip& strip, std::int64_t tile) {
     float *const added = m_ + at_.added, *const scores = m_ + at_.scores;
     bf16* const weights = halves(at_.weights);
@@ -292,8 +309,10 @@ AmxLayout layout_of(const AttentionParams& p) { return {p.query.size[3], p.value
 }  // namespace
 
 bool is_amx(const AttentionParams& p) {
-  if (!has_amx() || p.query.size[3] == 0 || p.value.size[3] == 0) return false;
-  return p.query.dtype == DType::bf16 || may_round(p);
+  if (!has_amx() || !(p.query.dtype == DType::bf16 || may_round(p))) return false;
+  const std::int64_t segments = p.offsets_q.data != nullptr ? std::max<std::int64_t>(p.offsets_q.size[0] - 1, 1) : 1;
+  const std::int64_t rows = p.query.size[2] / segments * (p.query.size[1] / p.key.size[1]);
+  return rows * (p.key.size[2] / segments) * (p.query.size[3] + p.value.size[3]) > kFewProducts;
 }
 
 std::int64_t attention_amx_scratch_bytes(const AttentionParams& p, std::int64_t threads) {

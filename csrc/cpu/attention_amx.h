@@ -63,19 +63,21 @@ template <class Between>
   multiply_add_halves(a, b, steps, [](std::int64_t) {});
 }
 
-// to[i] = scale from[i], rounded, zeros from n up to `padded`.
+// `n` numbers times `scale`, rounded, then zeros up to `padded`: in place where that is what is there, or in `buffer`.
 template <class S>
-void to_halves(const S* from, std::int64_t n, std::int64_t padded, float scale, bf16* to) {
+const bf16* in_halves(const S* from, std::int64_t n, std::int64_t padded, float scale, bf16* buffer) {
   if constexpr (std::is_same_v<S, bf16>) {
-    std::copy_n(from, n, to);
+    if (n == padded) return from;
+    std::copy_n(from, n, buffer);
   } else {
     using V = Vec<float>;
     const V by(scale);
     std::int64_t i = 0;
-    for (; i + V::N <= n; i += V::N) store(to + i, load(from + i) * by);
-    if (i < n) store(to + i, load(from + i, static_cast<int>(n - i)) * by, static_cast<int>(n - i));
+    for (; i + V::N <= n; i += V::N) store(buffer + i, load(from + i) * by);
+    if (i < n) store(buffer + i, load(from + i, static_cast<int>(n - i)) * by, static_cast<int>(n - i));
   }
-  std::fill(to + n, to + padded, bf16{0});
+  std::fill(buffer + n, buffer + padded, bf16{0});
+  return buffer;
 }
 
 // A row of `dim` numbers, whole steps, to place r of 32 as A.
