@@ -72,7 +72,8 @@ def attention(
     summed in float32: for "medium", and for bfloat16 queries of more than a few rows, where only the weights (and int8
     keys and values times their scales) have to be rounded. |error of a score| <= (2^-8 + 2^-18) |q'| . |k|, e at most
     for a query, and an output moves by at most (exp(2 e) - 1 + 2^-8 + 2^-12) max|v|. A value that is not finite may
-    show in its column of rows that see another of its 32 keys; numbers below 2^-126 count as zero.
+    show in its column of rows that see another of its 32 keys; numbers below 2^-126 count as zero. For the gradients of
+    bfloat16 tensors the weights and the scores' gradients are rounded likewise.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.

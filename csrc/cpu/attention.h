@@ -19,6 +19,13 @@ bool is_decode(const AttentionParams& p);
 std::int64_t attention_decode_scratch_bytes(const AttentionParams& p);
 void attention_decode(const AttentionParams& p);
 
+// Multiply-adds of a KV head's queries, masked ones too; of an average segment.
+inline std::int64_t products_of_head(const AttentionParams& p) {
+  const std::int64_t segments = p.offsets_q.data != nullptr ? std::max<std::int64_t>(p.offsets_q.size[0] - 1, 1) : 1;
+  const std::int64_t rows = p.query.size[2] / segments * (p.query.size[1] / p.key.size[1]);
+  return rows * (p.key.size[2] / segments) * (p.query.size[3] + p.value.size[3]);
+}
+
 // Whether the caller lets factors be rounded, and rows see enough keys on average for that to pay.
 inline bool may_round(const AttentionParams& p) {
   constexpr std::int64_t kFewestKeys = 256;
@@ -37,6 +44,11 @@ void attention_rounded(const AttentionParams& p);
 bool is_amx(const AttentionParams& p);
 std::int64_t attention_amx_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 void attention_amx(const AttentionParams& p);
+
+// attention_backward_amx.cpp: the same for the gradients of bfloat16 tensors.
+bool is_backward_amx(const AttentionParams& p);
+std::int64_t attention_backward_amx_scratch_bytes(const AttentionParams& p, std::int64_t threads);
+void attention_backward_amx(const AttentionBackwardParams& p);
 
 // Calls f(T{}, S{}) with the storage types of queries and of keys and values.
 template <class F>

@@ -309,10 +309,7 @@ AmxLayout layout_of(const AttentionParams& p) { return {p.query.size[3], p.value
 }  // namespace
 
 bool is_amx(const AttentionParams& p) {
-  if (!has_amx() || !(p.query.dtype == DType::bf16 || may_round(p))) return false;
-  const std::int64_t segments = p.offsets_q.data != nullptr ? std::max<std::int64_t>(p.offsets_q.size[0] - 1, 1) : 1;
-  const std::int64_t rows = p.query.size[2] / segments * (p.query.size[1] / p.key.size[1]);
-  return rows * (p.key.size[2] / segments) * (p.query.size[3] + p.value.size[3]) > kFewProducts;
+  return has_amx() && (p.query.dtype == DType::bf16 || may_round(p)) && products_of_head(p) > kFewProducts;
 }
 
 std::int64_t attention_amx_scratch_bytes(const AttentionParams& p, std::int64_t threads) {
