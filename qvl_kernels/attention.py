@@ -48,9 +48,9 @@ def attention(
         key_lengths: (B,) integers, the valid keys of each row of a ragged cache; values are clamped to [0, Lk].
         key_scale: (B, Hkv, Lk) float32 where key and value are int8 (`quantize_kv`): the keys are key * key_scale.
         value_scale: likewise for value; both or none.
-        precision: as of `torch.set_float32_matmul_precision`. "medium" lets what is multiplied be rounded to integers
-            where the CPU then multiplies faster (AVX2, or AVX-512 with VNNI), with more than 16 query rows for each key
-            head; elsewhere, and for gradients, it is "highest".
+        precision: as of `torch.set_float32_matmul_precision`. "medium" lets what is multiplied be rounded where the CPU
+            then multiplies faster, with more than 16 query rows for each key head: to bfloat16 with AMX, to integers
+            with AVX2, or AVX-512 and VNNI; elsewhere, and for gradients, it is "highest".
 
     Returns:
         (B, Hq, Lq, Dv) in query's dtype. A query that sees no key gives zeros, and zero gradients.
@@ -61,12 +61,19 @@ def attention(
     rounded to 15 bits of the largest among 64 keys: an output moves by at most 64 / 65534 of 128 max(value_scale), a
     quarter of what the rounding of the values may do.
 
-    With "medium" queries and keys have integers up to n = sqrt(2^31 / D), 4095 for D = 128, a scale for each row; with
+    As integers for "medium", queries and keys go up to n = sqrt(2^31 / D), 4095 for D = 128, a scale for each row; with
     q' = scale q, |error of a score| <= (max|q'| |k|_1 + max|k| |q'|_1) / 2n and the product of both errors. Of 64 keys
     at a time, weights become integers up to 16384 for the largest, values up to 2047 for the largest of their column,
     and an output moves by at most (64 / 32766 + 1 / 4094) max|v| more. On normal numbers that is 0.04 % of the output,
     bfloat16's error is 0.35 %. A value that is not finite makes its column NaN for all that see one of its 64 keys.
     Rows that see fewer than 256 keys on average are not rounded.
+
+    With AMX queries, keys, values and the values' weights are multiplied as bfloat16, each rounded by 2^-9 at most, and
+    summed in float32: for "medium", and for bfloat16 queries of more than a few rows, where only the weights (and int8
+    keys and values times their scales) have to be rounded. |error of a score| <= (2^-8 + 2^-18) |q'| . |k|, e at most
+    for a query, and an output moves by at most (exp(2 e) - 1 + 2^-8 + 2^-12) max|v|. A value that is not finite may
+    show in its column of rows that see another of its 32 keys; numbers below 2^-126 count as zero. For the gradients of
+    bfloat16 tensors the weights and the scores' gradients are rounded likewise.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.

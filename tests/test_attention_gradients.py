@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ from qvl_kernels.reference import attention as reference
 
 BACKENDS = backends_of("attention")
 NATIVE = [parameter for parameter in BACKENDS if parameter.values[0].startswith("cpu")]
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+AMX = "amx_bf16" in CPU and os.environ.get("QVL_AMX") != "0"
 
 
 def visible_of(q, k, causal=False, window=None, key_lengths=None, **_):
@@ -130,9 +136,26 @@ def test_several_chunks(backend, options):
     check(backend, *qkv(2, 2, 1, 400, 610, 16), **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (200, 40)},
+        {"key_lengths": torch.tensor([1030, 411]), "causal": True},
+        {"mask": torch.rand(2, 1, 600, 1030).mul(4).bool() & (torch.arange(600) % 50 != 7)[:, None]},
+        {"mask": torch.randn(1, 600, 1030)},
+    ],
+    ids=["causal", "window", "lengths", "bool", "float"],
+)
 @pytest.mark.parametrize("backend", NATIVE)
-def test_results_do_not_depend_on_the_number_of_threads(backend):
-    q, k, v = qkv(2, 2, 1, 600, 600, 32)
+def test_bfloat16_in_several_chunks(backend, options):
+    check(backend, *qkv(2, 2, 1, 600, 1030, 40, dtype=torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_results_do_not_depend_on_the_number_of_threads(backend, dtype):
+    q, k, v = qkv(2, 2, 1, 600, 600, 32, dtype=dtype)
     grad = torch.randn_like(q)
     threads, results = torch.get_num_threads(), []
     try:
@@ -207,12 +230,13 @@ def test_a_query_that_sees_no_key_has_no_gradient(backend):
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_segments(backend):
+def test_packed_segments(backend, dtype):
     lengths_q, lengths_k = [3, 0, 70, 5], [4, 2, 130, 0]
     offsets_q, offsets_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k))
-    q = torch.randn(78, 4, 8, device=device_of(backend))
-    k, v = torch.randn(2, 136, 2, 8, device=q.device)
+    q = torch.randn(78, 4, 40, device=device_of(backend), dtype=dtype)
+    k, v = torch.randn(2, 136, 2, 40, device=q.device, dtype=dtype)
     grad = torch.randn_like(q)
     with on(backend):
         ours = gradients(
@@ -227,7 +251,8 @@ def test_packed_segments(backend):
         return torch.cat([part[0].transpose(0, 1) for part in parts])
 
     for got, wanted in zip(ours, gradients(one_by_one, (q.double(), k.double(), v.double()), grad)):
-        torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=2e-5)
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("backend", backends_of("scaled_dot_product_attention"))
@@ -305,3 +330,11 @@ def test_activation_checkpointing(backend):
     with on(backend):
         for got, wanted in zip(gradients(checkpointed, inputs, grad), gradients(attention, inputs, grad)):
             assert torch.equal(got, wanted)
+
+
+@pytest.mark.skipif(not AMX, reason="needs a CPU with AMX")
+def test_without_amx():
+    """The AVX-512 module as on a CPU without AMX: the tests of bfloat16 in a process that has none."""
+    run = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "cpu_avx512 and bfloat16"]
+    done = subprocess.run(run, env={**os.environ, "QVL_AMX": "0"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

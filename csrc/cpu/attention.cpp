@@ -35,6 +35,11 @@ class Block : public Rows<T, S> {
  public:
   using Base::Base;
 
+  void run() {
+    load_queries();
+    this->for_tiles(*this);
+  }
+
   void load_queries() {
     const V scale(static_cast<A>(p_.scale * kLog2e));
     for (std::int64_t r = 0; r < strips_ * kStrip; ++r)
@@ -128,6 +133,7 @@ class Block : public Rows<T, S> {
 
 std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t threads) {
   if (is_decode(p)) return attention_decode_scratch_bytes(p);
+  if (is_amx(p)) return attention_amx_scratch_bytes(p, threads);
   if (is_rounded(p)) return attention_rounded_scratch_bytes(p, threads);
   const bool wide = p.query.dtype == DType::f64;
   const Layout at(p.query.size[3], p.value.size[3], wide ? kPanel<double> : kPanel<float>);
@@ -136,11 +142,12 @@ std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t thre
 
 void attention(const AttentionParams& p) {
   if (is_decode(p)) return attention_decode(p);
+  if (is_amx(p)) return attention_amx(p);
   if (is_rounded(p)) return attention_rounded(p);
   with_cache_type(p, [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);
-    run_blocks<Block<T, S>, T, S>(p, {p.query.size[3], p.value.size[3], kPanel<Acc<T>>});
+    run_blocks<Block<T, S>, T, S>(p, Layout(p.query.size[3], p.value.size[3], kPanel<Acc<T>>));
   });
 }
 

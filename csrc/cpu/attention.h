@@ -19,10 +19,36 @@ bool is_decode(const AttentionParams& p);
 std::int64_t attention_decode_scratch_bytes(const AttentionParams& p);
 void attention_decode(const AttentionParams& p);
 
+// Multiply-adds of a KV head's queries, masked ones too; of an average segment.
+inline std::int64_t products_of_head(const AttentionParams& p) {
+  const std::int64_t segments = p.offsets_q.data != nullptr ? std::max<std::int64_t>(p.offsets_q.size[0] - 1, 1) : 1;
+  const std::int64_t rows = p.query.size[2] / segments * (p.query.size[1] / p.key.size[1]);
+  return rows * (p.key.size[2] / segments) * (p.query.size[3] + p.value.size[3]);
+}
+
+// Whether the caller lets factors be rounded, and rows see enough keys on average for that to pay.
+inline bool may_round(const AttentionParams& p) {
+  constexpr std::int64_t kFewestKeys = 256;
+  if (!p.rounded || p.query.dtype == DType::f64) return false;
+  const std::int64_t segments = p.offsets_k.data != nullptr ? p.offsets_k.size[0] - 1 : 1;
+  const std::int64_t keys = p.key.size[2] / std::max<std::int64_t>(segments, 1);
+  return (p.causal ? keys / 2 : keys) >= kFewestKeys;
+}
+
 // attention_rounded.cpp: integers in place of floats, where the call and the CPU allow.
 bool is_rounded(const AttentionParams& p);
 std::int64_t attention_rounded_scratch_bytes(const AttentionParams& p, std::int64_t threads);
 void attention_rounded(const AttentionParams& p);
+
+// attention_amx.cpp: bfloat16 in AMX's registers, where the call and the CPU allow.
+bool is_amx(const AttentionParams& p);
+std::int64_t attention_amx_scratch_bytes(const AttentionParams& p, std::int64_t threads);
+void attention_amx(const AttentionParams& p);
+
+// attention_backward_amx.cpp: the same for the gradients of bfloat16 tensors.
+bool is_backward_amx(const AttentionParams& p);
+std::int64_t attention_backward_amx_scratch_bytes(const AttentionParams& p, std::int64_t threads);
+void attention_backward_amx(const AttentionBackwardParams& p);
 
 // Calls f(T{}, S{}) with the storage types of queries and of keys and values.
 template <class F>

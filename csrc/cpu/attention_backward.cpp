@@ -21,7 +21,6 @@
 
 #include "attention_gradients.h"
 #include "dispatch.h"
-#include "parallel.h"
 
 namespace qvl::cpu {
 namespace {
@@ -29,7 +28,6 @@ namespace {
 constexpr int kTile = 96;  // whole strips (for dK, dV) and whole panels of either ISA (for the scores)
 constexpr int kStrips = 8;
 constexpr int kRows = kStrips * kStrip;
-constexpr std::int64_t kMaxChunks = 8;
 static_assert(kTile % kStrip == 0 && kTile % kPanel<float> == 0);
 
 // Scratch of one thread, in elements of the compute type.
@@ -107,10 +105,10 @@ class Pair {
     const bool packed = p_.offsets_q.data != nullptr;
     const std::int64_t q0 = packed ? p_.offsets_q.as<std::int64_t>()[segment] : 0;
     const std::int64_t k0 = packed ? p_.offsets_k.as<std::int64_t>()[segment] : 0;
-    grad_out_ = of<const T>(p.grad_out, head_.first_head, q0);
-    grad_query_ = of<A>(p.grad_query, head_.first_head, q0);
-    grad_key_ = of<A>(p.grad_key, kv_head, k0);
-    grad_value_ = of<A>(p.grad_value, kv_head, k0);
+    grad_out_ = gradient_of<const T>(head_, p.grad_out, head_.first_head, q0);
+    grad_query_ = gradient_of<A>(head_, p.grad_query, head_.first_head, q0);
+    grad_key_ = gradient_of<A>(head_, p.grad_key, kv_head, k0);
+    grad_value_ = gradient_of<A>(head_, p.grad_value, kv_head, k0);
   }
 
   void run(Range rows, Range keys) {
@@ -134,20 +132,6 @@ class Pair {
   std::int64_t keys() const { return head_.len_k; }
 
  private:
-  // Rows of a gradient: row r of the group, or key j, of this head and segment.
-  template <class U>
-  struct Rows {
-    U* data;
-    std::int64_t row, head;
-  };
-  template <class U>
-  Rows<U> of(const TensorView& t, std::int64_t head, std::int64_t first) const {
-    return {t.as<U>() + head_.batch * t.stride[0] + head * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[1]};
-  }
-  template <class U>
-  U* row_of(const Rows<U>& t, std::int64_t row) const {
-    return t.data + row / head_.group * t.row + row % head_.group * t.head;
-  }
   Range range(std::int64_t row) const { return visible(p_, head_.position(row), head_.len_k); }
 
   void load_keys(std::int64_t tile, std::int64_t width) {
@@ -171,7 +155,7 @@ class Pair {
       if (r < count) {
         const std::int64_t position = (first + r) / head_.group, of_group = (first + r) % head_.group;
         widen(head_.query_of(first + r), at_.dim, at_.dim, q);
-        widen(static_cast<const T*>(row_of(grad_out_, first + r)), at_.dim_v, at_.dim_v, g);
+        widen(grad_out_.row(head_, first + r), at_.dim_v, at_.dim_v, g);
         widen(static_cast<const T*>(head_.out) + position * head_.out_row + of_group * head_.out_head, at_.dim_v,
               at_.dim_v, out);
         delta = dot<A>(g, out, at_.dim_v);
@@ -211,14 +195,15 @@ class Pair {
   void store_rows(std::int64_t first, std::int64_t count) {
     const A scale = static_cast<A>(p_.scale);
     for (std::int64_t r = 0; r < count; ++r)
-      add_from_panels(m_ + at_.grad_query, r, kRows, scale, at_.dim, row_of(grad_query_, first + r));
+      add_from_panels(m_ + at_.grad_query, r, kRows, scale, at_.dim, grad_query_.row(head_, first + r));
   }
 
   void store_keys(std::int64_t tile, std::int64_t width) {
     const A scale = static_cast<A>(p_.scale);
     for (std::int64_t j = 0; j < width; ++j) {
-      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, grad_key_.data + (tile + j) * grad_key_.row);
-      add_from_panels(m_ + at_.grad_value, j, kTile, A(1), at_.dim_v, grad_value_.data + (tile + j) * grad_value_.row);
+      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, grad_key_.data + (tile + j) * grad_key_.stride);
+      add_from_panels(m_ + at_.grad_value, j, kTile, A(1), at_.dim_v,
+                      grad_value_.data + (tile + j) * grad_value_.stride);
     }
   }
 
@@ -226,44 +211,31 @@ class Pair {
   const Head<T> head_;
   const Layout& at_;
   A* const m_;
-  Rows<const T> grad_out_{};
-  Rows<A> grad_query_{}, grad_key_{}, grad_value_{};
+  Gradient<const T> grad_out_{};
+  Gradient<A> grad_query_{}, grad_key_{}, grad_value_{};
   GradientTile<A, kTile, kStrips, true> tile_;
 };
 
 template <class T>
 void backward(const AttentionBackwardParams& p) {
-  using A = Acc<T>;
-  const AttentionParams& f = p.forward;
-  const Layout at(f.query.size[3], f.value.size[3], kPanel<A>);
-  const std::int64_t kv_heads = f.key.size[1];
-  const std::int64_t segments = f.offsets_q.data ? f.offsets_q.size[0] - 1 : f.query.size[0];
-  const std::int64_t heads = segments * kv_heads;
-  const std::int64_t workers = f.scratch.numel() / (at.size * static_cast<std::int64_t>(sizeof(A)));
-  std::int64_t chunks = 1;  // by the shapes alone; a chunk is worth packing keys for
-  for (std::int64_t s = 0; s < segments; ++s) {
-    const Head<T> head = head_of<T>(f, s, 0);
-    chunks = std::max(chunks, std::min({head.rows() / (4 * kRows), head.len_k / (2 * kTile), kMaxChunks}));
-  }
-  const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
-  for (std::int64_t step = 0; step < chunks; ++step)
-    parallel_tasks(heads * chunks, work, workers, [&](std::int64_t task, std::int64_t worker) {
-      const std::int64_t head = task % heads, rows = chunks - 1 - task / heads;
-      Pair<T> pair(p, head / kv_heads, head % kv_heads, at, f.scratch.as<A>() + worker * at.size);
-      pair.run(chunk_of(pair.rows(), chunks, rows, kRows),
-               chunk_of(pair.keys(), chunks, (rows - step + chunks) % chunks, kTile));
-    });
+  const Layout at(p.forward.query.size[3], p.forward.value.size[3], kPanel<Acc<T>>);
+  run_pairs<T>(p, at.size, {kRows, 4 * kRows, kTile, 2 * kTile},
+               [&](std::int64_t segment, std::int64_t kv_head, Acc<T>* scratch) {
+                 return Pair<T>(p, segment, kv_head, at, scratch);
+               });
 }
 
 }  // namespace
 
 std::int64_t attention_backward_scratch_bytes(const AttentionParams& p, std::int64_t threads) {
+  if (is_backward_amx(p)) return attention_backward_amx_scratch_bytes(p, threads);
   const bool wide = p.query.dtype == DType::f64;
   const Layout at(p.query.size[3], p.value.size[3], wide ? kPanel<double> : kPanel<float>);
   return threads * at.size * (wide ? 8 : 4);
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
+  if (is_backward_amx(p.forward)) return attention_backward_amx(p);
   with_storage_type(p.forward.query.dtype, [&](auto t) { backward<decltype(t)>(p); });
 }
 

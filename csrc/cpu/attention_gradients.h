@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "parallel.h"
 
 namespace qvl::cpu {
 
@@ -17,6 +18,24 @@ A dot(const S* a, const S* b, std::int64_t n) {
   for (; i + V::N <= n; i += V::N) acc = fma(load(a + i), load(b + i), acc);
   if (const int rest = static_cast<int>(n - i); rest > 0) acc = fma(load(a + i, rest), load(b + i, rest), acc);
   return sum(acc);
+}
+
+// Rows of a gradient: row r of the group, or key j, of one head and segment.
+template <class U>
+struct Gradient {
+  U* data;
+  std::int64_t stride, head;  // between a head's rows, between heads
+
+  template <class T>
+  U* row(const Head<T>& of, std::int64_t row) const {
+    return data + row / of.group * stride + row % of.group * head;
+  }
+};
+
+// Of head `number`, from token `first` on.
+template <class U, class T>
+Gradient<U> gradient_of(const Head<T>& head, const TensorView& t, std::int64_t number, std::int64_t first) {
+  return {t.as<U>() + head.batch * t.stride[0] + number * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[1]};
 }
 
 // Memory that is read soon, asked for a few lines at a time between two tiles of products, so that it is in L2 then.
@@ -177,6 +196,37 @@ struct GradientTile {
 inline Range chunk_of(std::int64_t n, std::int64_t chunks, std::int64_t index, std::int64_t step) {
   const std::int64_t size = round_up((n + chunks - 1) / chunks, step);
   return {std::min(n, index * size), std::min(n, (index + 1) * size)};
+}
+
+// What chunks of rows and keys are multiples of, and how many are worth packing for.
+struct ChunkSizes {
+  std::int64_t rows, fewest_rows, keys, fewest_keys;
+};
+
+// Calls make(segment, KV head, scratch).run(rows, keys) for every pair of a chunk of rows and one of keys, in the order
+// and on the threads that attention_backward.cpp describes. A thread has `size` elements of scratch.
+template <class T, class Make>
+void run_pairs(const AttentionBackwardParams& p, std::int64_t size, const ChunkSizes& of, const Make& make) {
+  using A = Acc<T>;
+  constexpr std::int64_t kMaxChunks = 8;
+  const AttentionParams& f = p.forward;
+  const std::int64_t kv_heads = f.key.size[1];
+  const std::int64_t segments = f.offsets_q.data ? f.offsets_q.size[0] - 1 : f.query.size[0];
+  const std::int64_t heads = segments * kv_heads;
+  const std::int64_t workers = f.scratch.numel() / (size * static_cast<std::int64_t>(sizeof(A)));
+  std::int64_t chunks = 1;  // by the shapes alone
+  for (std::int64_t s = 0; s < segments; ++s) {
+    const Head<T> head = head_of<T>(f, s, 0);
+    chunks = std::max(chunks, std::min({head.rows() / of.fewest_rows, head.len_k / of.fewest_keys, kMaxChunks}));
+  }
+  const std::int64_t work = f.query.numel() * std::max<std::int64_t>(f.key.size[2], 1);
+  for (std::int64_t step = 0; step < chunks; ++step)
+    parallel_tasks(heads * chunks, work, workers, [&](std::int64_t task, std::int64_t worker) {
+      const std::int64_t head = task % heads, rows = chunks - 1 - task / heads;
+      auto pair = make(head / kv_heads, head % kv_heads, f.scratch.as<A>() + worker * size);
+      pair.run(chunk_of(pair.rows(), chunks, rows, of.rows),
+               chunk_of(pair.keys(), chunks, (rows - step + chunks) % chunks, of.keys));
+    });
 }
 
 }  // namespace qvl::cpu

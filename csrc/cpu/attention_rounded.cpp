@@ -27,7 +27,6 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr std::int64_t kFewestKeys = 256;  // that a row sees on average: fewer do not pay for the rounding
 constexpr float kWeightBits = 14, kMostWeight = 16384, kMostValue = 2047;
 
 // to[r][w] = to[r][w] keep[r] + steps[r] scales[w] sum over i < pairs of a[r row + i] panel[i][w], pairs of int16 being
@@ -70,6 +69,11 @@ class RoundedBlock : public Rows<T, S> {
 
  public:
   using Base::Base;
+
+  void run() {
+    load_queries();
+    this->for_tiles(*this);
+  }
 
   void load_queries() {
     const V scale(static_cast<float>(p_.scale * kLog2e));
@@ -261,12 +265,7 @@ Layout layout_of(const AttentionParams& p) { return {p.query.size[3], p.value.si
 
 }  // namespace
 
-bool is_rounded(const AttentionParams& p) {
-  if (!p.rounded || p.query.dtype == DType::f64 || (IntVec::N == 16 && !has_vnni())) return false;
-  const std::int64_t segments = p.offsets_k.data != nullptr ? p.offsets_k.size[0] - 1 : 1;
-  const std::int64_t keys = p.key.size[2] / std::max<std::int64_t>(segments, 1);
-  return (p.causal ? keys / 2 : keys) >= kFewestKeys;
-}
+bool is_rounded(const AttentionParams& p) { return may_round(p) && (IntVec::N == 8 || has_vnni()); }
 
 std::int64_t attention_rounded_scratch_bytes(const AttentionParams& p, std::int64_t threads) {
   return threads * layout_of(p).size * static_cast<std::int64_t>(sizeof(float));

@@ -161,9 +161,9 @@ class Rows {
   }
 };
 
-// Runs a B, one of the two kinds of block, for all rows of all heads.
-template <class B, class T, class S>
-void run_blocks(const AttentionParams& p, const Layout& at) {
+// Runs a B, one of the kinds of block, for all rows of all heads.
+template <class B, class T, class S, class L>
+void run_blocks(const AttentionParams& p, const L& at) {
   using A = Acc<T>;
   const std::int64_t kv_heads = p.key.size[1];
   const std::int64_t segments = p.offsets_q.data ? p.offsets_q.size[0] - 1 : p.query.size[0];
@@ -186,8 +186,7 @@ void run_blocks(const AttentionParams& p, const Layout& at) {
     const Range rows{number * cut.rows, std::min((number + 1) * cut.rows, head.rows())};
     if (rows.begin >= rows.end) return;
     B block(p, head, at, cut.keys, p.scratch.as<A>() + worker * at.size, rows);
-    block.load_queries();
-    block.for_tiles(block);
+    block.run();
   });
 }
 

@@ -74,9 +74,12 @@ void fill_strip(const PackedLinearParams& p, const Plan& plan, std::int64_t bloc
         to_halves<kParts>(p.x.as<T>() + row * p.x.stride[0] + k, std::min(kDepth, plan.depth - k), rows[r]);
       }
       for (std::int64_t i = 0; i < plan.steps(k); ++i)
-        for (int part = 0; part < kParts; ++part)
-          transpose16x16(reinterpret_cast<const float*>(rows[0][part] + i * kTileHalves), kParts * kDepth / 2,
-                         to + (i * kParts + part) * kPairFloats + half * kTileFloats);
+        for (int part = 0; part < kParts; ++part) {
+          const float* words[kTileRows];
+          for (int r = 0; r < kTileRows; ++r)
+            words[r] = reinterpret_cast<const float*>(rows[r][part] + i * kTileHalves);
+          store_transposed(to + (i * kParts + part) * kPairFloats + half * kTileFloats, words);
+        }
     }
   }
 }
@@ -170,7 +173,9 @@ void finish_task(const PackedLinearParams& p, const Plan& plan, std::int64_t row
   for (std::int64_t t = 0; t < row_tiles && row0 + t * kTileRows < plan.rows; ++t) {
     for (std::int64_t o = 0; o < kOutputs / kTileRows; ++o) {
       const float* const tile = sums_at(sums, row_tiles, o, t);
-      transpose16x16(tile, kTileRows, &rows[0][o * kTileRows], kOutputs);
+      const float* words[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) words[i] = tile + i * kTileRows;
+      store_transposed(&rows[0][o * kTileRows], words, kOutputs);
     }
     const std::int64_t first = row0 + t * kTileRows, count = std::min<std::int64_t>(kTileRows, plan.rows - first);
     for (std::int64_t r = first + kTileRows; r < std::min(first + 2 * kTileRows, plan.rows); ++r)
