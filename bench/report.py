@@ -20,7 +20,8 @@ def section(path: str) -> str:
     head = (
         f"{facts['cpu']}, {facts['threads']} threads, {facts['capability']}, torch {facts['torch']}, "
         f"commit {facts['commit']}; roofs in the same run: {facts['read_gbytes']} GB/s read, "
-        f"{facts['fma_gflops']} GFLOP/s float32."
+        f"{facts['fma_gflops']} GFLOP/s float32, {facts['int8_gops']} Gop/s int8"
+        + (f", {facts['bf16_gflops']} GFLOP/s bfloat16." if facts.get("bf16_gflops") else ".")
     )
     rows = [Row(**row) for row in content["rows"]]
     return "\n\n".join(part for part in (head, table(rows), density_table(rows)) if part)
