@@ -48,12 +48,10 @@ template <class Between>
 [[gnu::always_inline]] inline void multiply_add_halves(const bf16* a, const bf16* b, std::int64_t steps,
                                                        const Between& between) {
   for (std::int64_t step = 0; step < steps; ++step, a += kStep, b += kStep) {
-    load_tile_register<4>(a);
-    load_tile_register<6>(b);
+    load_tile_register<4>(a), load_tile_register<5>(a + kStep / 2);
+    load_tile_register<6>(b), load_tile_register<7>(b + kStep / 2);
     dot_halves<0, 4, 6>();
-    load_tile_register<7>(b + kStep / 2);
     dot_halves<1, 4, 7>();
-    load_tile_register<5>(a + kStep / 2);
     dot_halves<2, 5, 6>();
     dot_halves<3, 5, 7>();
     between(step);
