@@ -76,7 +76,11 @@ class Pair {
   using V = Vec<A>;
 
   Pair(const AttentionBackwardParams& p, std::int64_t segment, std::int64_t kv_head, const Layout& at, A* scratch)
-      : p_(p.forward), head_(head_of<T>(p.forward, segment, kv_head)), at_(at), m_(scratch) {
+      : p_(p.forward),
+        head_(head_of<T>(p.forward, segment, kv_head)),
+        at_(at),
+        m_(scratch),
+        grads_(p, head_, segment, kv_head) {
     A* const m = scratch;
     tile_ = {at.dim,
              at.dim_v,
@@ -102,13 +106,6 @@ class Pair {
              kStrips,
              nullptr,
              {}};
-    const bool packed = p_.offsets_q.data != nullptr;
-    const std::int64_t q0 = packed ? p_.offsets_q.as<std::int64_t>()[segment] : 0;
-    const std::int64_t k0 = packed ? p_.offsets_k.as<std::int64_t>()[segment] : 0;
-    grad_out_ = gradient_of<const T>(head_, p.grad_out, head_.first_head, q0);
-    grad_query_ = gradient_of<A>(head_, p.grad_query, head_.first_head, q0);
-    grad_key_ = gradient_of<A>(head_, p.grad_key, kv_head, k0);
-    grad_value_ = gradient_of<A>(head_, p.grad_value, kv_head, k0);
   }
 
   void run(Range rows, Range keys) {
@@ -155,7 +152,7 @@ class Pair {
       if (r < count) {
         const std::int64_t position = (first + r) / head_.group, of_group = (first + r) % head_.group;
         widen(head_.query_of(first + r), at_.dim, at_.dim, q);
-        widen(grad_out_.row(head_, first + r), at_.dim_v, at_.dim_v, g);
+        widen(grads_.out.row(head_, first + r), at_.dim_v, at_.dim_v, g);
         widen(static_cast<const T*>(head_.out) + position * head_.out_row + of_group * head_.out_head, at_.dim_v,
               at_.dim_v, out);
         delta = dot<A>(g, out, at_.dim_v);
@@ -195,15 +192,15 @@ class Pair {
   void store_rows(std::int64_t first, std::int64_t count) {
     const A scale = static_cast<A>(p_.scale);
     for (std::int64_t r = 0; r < count; ++r)
-      add_from_panels(m_ + at_.grad_query, r, kRows, scale, at_.dim, grad_query_.row(head_, first + r));
+      add_from_panels(m_ + at_.grad_query, r, kRows, scale, at_.dim, grads_.query.row(head_, first + r));
   }
 
   void store_keys(std::int64_t tile, std::int64_t width) {
     const A scale = static_cast<A>(p_.scale);
     for (std::int64_t j = 0; j < width; ++j) {
-      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, grad_key_.data + (tile + j) * grad_key_.stride);
+      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, grads_.key.data + (tile + j) * grads_.key.stride);
       add_from_panels(m_ + at_.grad_value, j, kTile, A(1), at_.dim_v,
-                      grad_value_.data + (tile + j) * grad_value_.stride);
+                      grads_.value.data + (tile + j) * grads_.value.stride);
     }
   }
 
@@ -211,8 +208,7 @@ class Pair {
   const Head<T> head_;
   const Layout& at_;
   A* const m_;
-  Gradient<const T> grad_out_{};
-  Gradient<A> grad_query_{}, grad_key_{}, grad_value_{};
+  const Gradients<T> grads_;
   GradientTile<A, kTile, kStrips, true> tile_;
 };
 

@@ -76,15 +76,11 @@ class AmxPair {
  public:
   AmxPair(const AttentionBackwardParams& p, std::int64_t segment, std::int64_t kv_head, const AmxBackwardLayout& at,
           float* scratch)
-      : p_(p.forward), head_(head_of<bf16>(p.forward, segment, kv_head)), at_(at), m_(scratch) {
-    const bool packed = p_.offsets_q.data != nullptr;
-    const std::int64_t q0 = packed ? p_.offsets_q.as<std::int64_t>()[segment] : 0;
-    const std::int64_t k0 = packed ? p_.offsets_k.as<std::int64_t>()[segment] : 0;
-    grad_out_ = gradient_of<const bf16>(head_, p.grad_out, head_.first_head, q0);
-    grad_query_ = gradient_of<float>(head_, p.grad_query, head_.first_head, q0);
-    grad_key_ = gradient_of<float>(head_, p.grad_key, kv_head, k0);
-    grad_value_ = gradient_of<float>(head_, p.grad_value, kv_head, k0);
-  }
+      : p_(p.forward),
+        head_(head_of<bf16>(p.forward, segment, kv_head)),
+        at_(at),
+        m_(scratch),
+        grads_(p, head_, segment, kv_head) {}
 
   std::int64_t rows() const { return head_.rows(); }
   std::int64_t keys() const { return head_.len_k; }
@@ -152,7 +148,7 @@ class AmxPair {
       return in_halves(head_.query_of(rows_.begin + r), dim(), at_.dim, 1.0f, buffer);
     };
     const auto grad = [&](std::int64_t r, bf16* buffer) {
-      return in_halves(grad_out_.row(head_, rows_.begin + r), dim_v(), at_.dim_v, 1.0f, buffer);
+      return in_halves(grads_.out.row(head_, rows_.begin + r), dim_v(), at_.dim_v, 1.0f, buffer);
     };
     pack_transposed_halves(count, at_.dim, halves(at_.query), query);
     pack_pairs(count, at_.dim, kRows, halves(at_.query_pairs), query);
@@ -163,7 +159,7 @@ class AmxPair {
       lse = kNone, delta = 0;
       if (r >= count) continue;
       const std::int64_t row = rows_.begin + r;
-      delta = dot<float>(grad_out_.row(head_, row), static_cast<const bf16*>(head_.out_of(row)), dim_v());
+      delta = dot<float>(grads_.out.row(head_, row), static_cast<const bf16*>(head_.out_of(row)), dim_v());
       const float saved = head_.lse[row % head_.group * head_.lse_head + row / head_.group];
       if (saved != -kNone) lse = saved * static_cast<float>(kLog2e);  // -inf: the row saw no key
     }
@@ -251,11 +247,11 @@ class AmxPair {
   }
 
   static void transpose(const float* from, float* to) {
-    for (int i = 0; i < kSide; i += 8)
-      for (int j = 0; j < kSide; j += 8) {
-        const float* rows[8];
-        for (int r = 0; r < 8; ++r) rows[r] = from + (i + r) * kSide + j;
-        transpose8x8(rows, to + j * kSide + i, kSide);
+    for (int i = 0; i < kSide; i += kTileRows)
+      for (int j = 0; j < kSide; j += kTileRows) {
+        const float* rows[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) rows[r] = from + (i + r) * kSide + j;
+        store_transposed(to + j * kSide + i, rows, kSide);
       }
   }
 
@@ -286,16 +282,16 @@ class AmxPair {
       transpose(sums, by_rows);
       for (std::int64_t r = 0; r < count; ++r)
         add_scaled(by_rows + r * kSide, std::min<std::int64_t>(kSide, dim() - c), static_cast<float>(p_.scale),
-                   grad_query_.row(head_, rows_.begin + row + r) + c);
+                   grads_.query.row(head_, rows_.begin + row + r) + c);
     }
   }
 
   void store_keys() const {
     for (std::int64_t j = 0; j < tile_.end - tile_.begin; ++j) {
       store_key(m_ + at_.grad_key + j / kSide * kSide * at_.dim, j % kSide, dim(), static_cast<float>(p_.scale),
-                grad_key_.data + (tile_.begin + j) * grad_key_.stride);
+                grads_.key.data + (tile_.begin + j) * grads_.key.stride);
       store_key(m_ + at_.grad_value + j / kSide * kSide * at_.dim_v, j % kSide, dim_v(), 1.0f,
-                grad_value_.data + (tile_.begin + j) * grad_value_.stride);
+                grads_.value.data + (tile_.begin + j) * grads_.value.stride);
     }
   }
 
@@ -312,8 +308,7 @@ class AmxPair {
   const AmxBackwardLayout& at_;
   float* const m_;
   Range rows_{}, tile_{};
-  Gradient<const bf16> grad_out_{};
-  Gradient<float> grad_query_{}, grad_key_{}, grad_value_{};
+  const Gradients<bf16> grads_;
 };
 
 AmxBackwardLayout layout_of(const AttentionParams& p) { return {p.query.size[3], p.value.size[3]}; }

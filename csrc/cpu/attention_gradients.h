@@ -32,11 +32,31 @@ struct Gradient {
   }
 };
 
-// Of head `number`, from token `first` on.
-template <class U, class T>
-Gradient<U> gradient_of(const Head<T>& head, const TensorView& t, std::int64_t number, std::int64_t first) {
-  return {t.as<U>() + head.batch * t.stride[0] + number * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[1]};
-}
+// Where a segment's and KV head's part of each gradient lies: rows of `out` and `query` as the head's, keys of the
+// others.
+template <class T>
+struct Gradients {
+  Gradient<const T> out;
+  Gradient<Acc<T>> query, key, value;
+
+  Gradients(const AttentionBackwardParams& p, const Head<T>& head, std::int64_t segment, std::int64_t kv_head) {
+    const TensorView &queries = p.forward.offsets_q, &keys = p.forward.offsets_k;
+    const std::int64_t q0 = queries.data ? queries.as<std::int64_t>()[segment] : 0;
+    const std::int64_t k0 = keys.data ? keys.as<std::int64_t>()[segment] : 0;
+    out = of<const T>(head, p.grad_out, head.first_head, q0);
+    query = of<Acc<T>>(head, p.grad_query, head.first_head, q0);
+    key = of<Acc<T>>(head, p.grad_key, kv_head, k0);
+    value = of<Acc<T>>(head, p.grad_value, kv_head, k0);
+  }
+
+ private:
+  // Of head `number`, from token `first` on.
+  template <class U>
+  static Gradient<U> of(const Head<T>& head, const TensorView& t, std::int64_t number, std::int64_t first) {
+    return {t.as<U>() + head.batch * t.stride[0] + number * t.stride[1] + first * t.stride[2], t.stride[2],
+            t.stride[1]};
+  }
+};
 
 // Memory that is read soon, asked for a few lines at a time between two tiles of products, so that it is in L2 then.
 class Ahead {

@@ -87,6 +87,21 @@ void transpose_words(const float (*rows)[kWords], std::int64_t count, float* to,
   }
 }
 
+// kBlock int8 weights from k on of `width` rows of W, of which there are `outputs` from `first` on or the last is
+// repeated: words of four to a panel [kBlock / 4][width], and their scales.
+inline void fill_bytes(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k, int width,
+                       float* panel, float* scales) {
+  float words[8][kBlock / 4];
+  for (int j = 0; j < width; j += 8) {
+    for (int i = 0; i < 8; ++i) {
+      const std::int64_t n = first + std::min<std::int64_t>(j + i, outputs - 1);
+      std::memcpy(words[i], p.weight.as<std::int8_t>() + n * p.weight.size[1] + k, kBlock);
+      scales[j + i] = bf16_at(p.scale, n * p.scale.size[1] + k / kBlock);
+    }
+    transpose_words(words, kBlock / 4, panel + j, width);
+  }
+}
+
 // y[row, first ... first + count) from sums of products; `up` are those of the second half with SwiGLU. What is read
 // of the sums are whole vectors.
 template <class T>

@@ -169,17 +169,9 @@ struct Bytes {
   static float* scales_of(float* panel, std::int64_t block) { return panel + (kDepth / 4 + 2 * block) * kWidth; }
   static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
                          std::int64_t depth, float* panel) {
-    float words[8][kWords];
     for (std::int64_t b = 0; b < depth; b += kBlock) {
       float *const to = panel + b / 4 * kWidth, *const scales = scales_of(panel, b / kBlock);
-      for (int j = 0; j < kWidth; j += 8) {
-        for (int i = 0; i < 8; ++i) {
-          const std::int64_t n = first + std::min<std::int64_t>(j + i, outputs - 1);
-          std::memcpy(words[i], p.weight.as<std::int8_t>() + n * p.weight.size[1] + k + b, kBlock);
-          scales[j + i] = bf16_at(p.scale, n * p.scale.size[1] + (k + b) / kBlock);
-        }
-        transpose_words(words, kWords, to + j, kWidth);
-      }
+      fill_bytes(p, first, outputs, k + b, kWidth, to, scales);
       for (int v = 0; v < kWideVectors; ++v) store_words(scales + kWidth + v * IntVec::N, offset(to + v * IntVec::N));
     }
   }

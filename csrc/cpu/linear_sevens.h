@@ -74,17 +74,9 @@ struct Sevens {
   }
   static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
                          std::int64_t depth, float* panel) {
-    float words[8][kWords];
     for (std::int64_t b = 0; b < depth; b += kBlock) {
       float *const to = panel + b / 4 * kWidth, *const scales = panel + kScales + b / kBlock * kWidth;
-      for (int j = 0; j < kWidth; j += 8) {
-        for (int i = 0; i < 8; ++i) {
-          const std::int64_t n = first + std::min<std::int64_t>(j + i, outputs - 1);
-          std::memcpy(words[i], p.weight.as<std::int8_t>() + n * p.weight.size[1] + k + b, kBlock);
-          scales[j + i] = bf16_at(p.scale, n * p.scale.size[1] + (k + b) / kBlock);
-        }
-        transpose_words(words, kWords, to + j, kWidth);
-      }
+      fill_bytes(p, first, outputs, k + b, kWidth, to, scales);
       const std::uint32_t fit = fit_of(to);
       std::memcpy(panel + kFits + b / kBlock, &fit, sizeof fit);
       for (int j = 0; j < kWidth; j += IntVec::N)
