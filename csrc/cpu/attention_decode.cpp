@@ -4,7 +4,7 @@
 // 2 Lk (D + Dv) FLOPs a row leave an AVX2 core waiting for memory up to about 8 rows. So nothing is packed or copied:
 //
 //   scores  rows of K times rows of q along D, R rows and 8 / R keys at a time (8 accumulators: the latency of 4 x 2
-//           FMAs), converted from storage in registers; 64 keys, then softmax
+//           FMAs), converted from storage in registers; 64 keys (float32 32), then softmax
 //   values  V rows in place, R rows times 8 / R vectors of columns
 //   int8    keys meet queries of 15 bits and values weights of 15 bits (p times the value's scale, in units of its
 //           tile) in integer products: per 16 elements and two rows 5 and 6 instructions on AVX2 instead of 8 with
@@ -33,9 +33,14 @@ std::int64_t partial_size(const AttentionParams& p) {
   return p.query.size[2] * (p.query.size[1] / p.key.size[1]) * (p.value.size[3] + 2);
 }
 
+// Keys scored before their softmax: they, and the values asked for meanwhile, fill half of a 32 KiB L1 each at D = 128.
+template <class S>
+constexpr std::int64_t kTileOf = sizeof(S) < 4 ? kTile : kTile / 2;
+
 // scores[r][j] = q[r] . key[j] for R rows and kKeys<R> keys. Keys beyond `keys` repeat the last one; the tile has room.
 template <int R, class S, class A>
-void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, A* scores) {
+void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
+              Ahead<S>& next, A* scores) {
   using V = Vec<A>;
   constexpr int K = kKeys<R>;
   const S* k[K] = {key};
@@ -44,7 +49,9 @@ void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys,
   V acc[8];
   clear(acc);
   std::int64_t d = 0;
+  Ahead<S> ahead = next;  // in registers
   for (; d + V::N <= dim; d += V::N) {
+    ahead.template ask<K * V::N>();
     V x[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) x[r] = load(q + r * kMaxDim + d);
@@ -55,6 +62,7 @@ void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys,
       for (int r = 0; r < R; ++r) acc[r * K + j] = add_product(acc[r * K + j], x[r], line);
     }
   }
+  next = ahead;
   A sums[8];
   four_sums(acc[0], acc[1], acc[2], acc[3], sums);
   four_sums(acc[4], acc[5], acc[6], acc[7], sums + 4);
@@ -69,11 +77,12 @@ template <int R, bool kVnni, class Q, class S, class A>
 void score_rows(const Q* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, Ahead<S>& next,
                 A* scores) {
   for (std::int64_t j = 0; j < keys; j += kKeys<R>) {
-    for (int i = 0; i < kKeys<R>; ++i) next.ask_row();
-    if constexpr (std::is_same_v<S, std::int8_t>)
+    if constexpr (std::is_same_v<S, std::int8_t>) {
+      for (int i = 0; i < kKeys<R>; ++i) next.ask_row();
       dot_int8_keys<R, kVnni>(q, key + j * key_row, key_row, keys - j, dim, scores + j);
-    else
-      dot_keys<R>(q, key + j * key_row, key_row, keys - j, dim, scores + j);
+    } else {
+      dot_keys<R>(q, key + j * key_row, key_row, keys - j, dim, next, scores + j);
+    }
   }
 }
 
@@ -160,8 +169,8 @@ void add_chunk(const AttentionParams& p, const Head<T, S>& head, std::int64_t fr
   }
   from = std::max(from, visible(p, head.position(0), head.len_k).begin);
   to = std::min(to, visible(p, head.position(rows - 1), head.len_k).end);
-  for (std::int64_t tile = from; tile < to; tile += kTile) {
-    const std::int64_t keys = std::min(kTile, to - tile), left = std::min(kTile, to - tile - keys);
+  for (std::int64_t tile = from; tile < to; tile += kTileOf<S>) {
+    const std::int64_t keys = std::min(kTileOf<S>, to - tile), left = std::min(kTileOf<S>, to - tile - keys);
     const S *key = head.key + tile * head.key_row, *value = head.value + tile * head.value_row;
     Ahead<S> values{value, head.value_row, dim_v, keys};
     Ahead<S> next_keys{key + keys * head.key_row, head.key_row, dim, left};

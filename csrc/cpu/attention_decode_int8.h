@@ -7,7 +7,7 @@
 
 namespace qvl::cpu {
 
-constexpr std::int64_t kTile = 64;  // keys scored before their softmax
+constexpr std::int64_t kTile = 64;  // the most keys scored before their softmax
 
 // Keys at a time for R rows.
 template <int R>
