@@ -8,9 +8,11 @@
 //
 //   tile    kTile = 96 keys: K and V transposed for the scores, K by columns for dQ, sums of dK and dV; these five
 //           buffers, 48 KiB each for D = 128, stay in L2 while the rows pass
-//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns; P and dS of
-//           48 x 96 (36 KiB) go from product to product; every panel is in L1 while the block's strips pass it
-//   bytes   a tile reads q, dO, out and reads and writes dQ once: (3 D + 2 Dv) a row against 96 (3 D + 2 Dv) FMAs
+//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns, sums of dQ, 120 KiB
+//           for D = 128; P and dS of 48 x 96 (36 KiB) go from product to product; every panel is in L1 while the
+//           block's strips pass it
+//   part    kBlocks blocks are packed once for all tiles of a pair (below), which they pass from L3
+//   bytes   a tile reads a row's packed block and dQ, 3 D + 2 Dv, against 96 (3 D + 2 Dv) FMAs
 //
 // Sums are fp32 (float64 for float64) in the outputs themselves, which Python clears before and converts after. Order
 // and threads: a head's rows and keys are cut into the same number of chunks. Step t pairs row chunk i with key chunk
@@ -28,25 +30,28 @@ namespace {
 constexpr int kTile = 96;  // whole strips (for dK, dV) and whole panels of either ISA (for the scores)
 constexpr int kStrips = 8;
 constexpr int kRows = kStrips * kStrip;
+constexpr int kBlocks = 8;
 static_assert(kTile % kStrip == 0 && kTile % kPanel<float> == 0);
 
 // Scratch of one thread, in elements of the compute type.
 struct Layout {
   std::int64_t dim, dim_v, columns, columns_v;  // D and Dv, and both rounded up to whole panels
-  std::int64_t query_strips, grad_strips, query, grad, grad_query, lse, delta;             // the rows'
+  std::int64_t query_strips, grad_strips, query, grad, grad_query, lse, delta, block_size;  // of a block
   std::int64_t key_panels, value_panels, key, grad_key, grad_value, weights, grad_scores;  // the tile's
   std::int64_t size;
 
   Layout(std::int64_t d, std::int64_t dv, int panel)
       : dim(d), dim_v(dv), columns(round_up(d, panel)), columns_v(round_up(dv, panel)) {
-    Pieces pieces;
-    query_strips = pieces.take(kRows * dim + kStripSlack);
-    grad_strips = pieces.take(kRows * dim_v + kStripSlack);
-    query = pieces.take(kRows * columns);
-    grad = pieces.take(kRows * columns_v);
-    grad_query = pieces.take(kRows * columns);
-    lse = pieces.take(kRows);
-    delta = pieces.take(kRows);
+    Pieces block, pieces;
+    query_strips = block.take(kRows * dim + kStripSlack);
+    grad_strips = block.take(kRows * dim_v + kStripSlack);
+    query = block.take(kRows * columns);
+    grad = block.take(kRows * columns_v);
+    grad_query = block.take(kRows * columns);
+    lse = block.take(kRows);
+    delta = block.take(kRows);
+    block_size = block.size();
+    pieces.take(kBlocks * block_size);
     key_panels = pieces.take(kTile * dim);
     value_panels = pieces.take(kTile * dim_v);
     key = pieces.take(kTile * columns);
@@ -61,11 +66,15 @@ struct Layout {
 // to[c] += factor * row k of the panels [panel][count][2 N]
 template <class A>
 void add_from_panels(const A* panels, std::int64_t k, std::int64_t count, A factor, std::int64_t dim, A* to) {
-  for (std::int64_t c = 0; c < dim; c += kPanel<A>) {
-    const A* from = panels + c * count + k * kPanel<A>;
-    const std::int64_t n = std::min<std::int64_t>(kPanel<A>, dim - c);
-    for (std::int64_t i = 0; i < n; ++i) to[c + i] += factor * from[i];
+  using V = Vec<A>;
+  const V by(factor);
+  const A* from = panels + k * kPanel<A>;
+  std::int64_t c = 0;
+  for (; c + kPanel<A> <= dim; c += kPanel<A>, from += count * kPanel<A>) {
+    store(to + c, fma(load(from), by, load(to + c)));
+    store(to + c + V::N, fma(load(from + V::N), by, load(to + c + V::N)));
   }
+  for (std::int64_t i = 0; c + i < dim; ++i) to[c + i] += factor * from[i];
 }
 
 // One pair of chunks: the rows `rows` of one KV head's group against its keys `keys`.
@@ -82,46 +91,18 @@ class Pair {
         m_(scratch),
         grads_(p, head_, segment, kv_head) {
     A* const m = scratch;
-    tile_ = {at.dim,
-             at.dim_v,
-             at.columns,
-             at.columns_v,
-             kRows,
-             kTile,
-             kTile,
-             m + at.query_strips,
-             m + at.grad_strips,
-             m + at.query,
-             m + at.grad,
-             m + at.lse,
-             m + at.delta,
-             m + at.grad_query,
-             m + at.key_panels,
-             m + at.value_panels,
-             m + at.key,
-             m + at.grad_key,
-             m + at.grad_value,
-             m + at.weights,
-             m + at.grad_scores,
-             kStrips,
-             nullptr,
-             {}};
+    tile_.dim = at.dim, tile_.dim_v = at.dim_v, tile_.columns = at.columns, tile_.columns_v = at.columns_v;
+    tile_.row_count = kRows, tile_.key_count = tile_.sum_count = kTile, tile_.strips = kStrips;
+    tile_.key_panels = m + at.key_panels, tile_.value_panels = m + at.value_panels, tile_.key = m + at.key;
+    tile_.grad_key = m + at.grad_key, tile_.grad_value = m + at.grad_value;
+    tile_.weights = m + at.weights, tile_.grad_scores = m + at.grad_scores;
   }
 
   void run(Range rows, Range keys) {
-    for (std::int64_t tile = keys.begin; tile < keys.end; tile += kTile) {
-      const std::int64_t width = std::min<std::int64_t>(kTile, keys.end - tile);
-      bool loaded = false;
-      for (std::int64_t first = rows.begin; first < rows.end; first += kRows) {
-        const std::int64_t count = std::min<std::int64_t>(kRows, rows.end - first);
-        if (range(first).begin >= tile + width || range(first + count - 1).end <= tile) continue;  // limits rise
-        if (!loaded) load_keys(tile, width);
-        loaded = true;
-        load_rows(first, count);
-        add_block(first, count, tile, width);
-        store_rows(first, count);
-      }
-      if (loaded) store_keys(tile, width);
+    const std::int64_t blocks = (rows.end - rows.begin + kRows - 1) / kRows, parts = (blocks + kBlocks - 1) / kBlocks;
+    for (std::int64_t i = 0; i < parts; ++i) {
+      const std::int64_t begin = rows.begin + i * blocks / parts * kRows;
+      add_part({begin, std::min(rows.begin + (i + 1) * blocks / parts * kRows, rows.end)}, keys);
     }
   }
 
@@ -129,6 +110,32 @@ class Pair {
   std::int64_t keys() const { return head_.len_k; }
 
  private:
+  void add_part(Range rows, Range keys) {
+    const Range seen{range(rows.begin).begin, range(rows.end - 1).end};  // limits rise
+    bool loaded = false;
+    for (std::int64_t tile = keys.begin; tile < keys.end; tile += kTile) {
+      const std::int64_t width = std::min<std::int64_t>(kTile, keys.end - tile);
+      if (seen.begin >= tile + width || seen.end <= tile) continue;
+      if (!loaded) for_blocks(rows, [&](std::int64_t first, std::int64_t count) { load_rows(first, count); });
+      loaded = true;
+      load_keys(tile, width);
+      for_blocks(rows, [&](std::int64_t first, std::int64_t count) {
+        if (range(first).begin < tile + width && range(first + count - 1).end > tile)
+          add_block(first, count, tile, width);
+      });
+      store_keys(tile, width);
+    }
+    if (loaded) for_blocks(rows, [&](std::int64_t first, std::int64_t count) { store_rows(first, count); });
+  }
+
+  // Calls f(first row, rows) for each block of the part, with block_ at its memory.
+  template <class F>
+  void for_blocks(Range rows, const F& f) {
+    block_ = m_;
+    for (std::int64_t first = rows.begin; first < rows.end; first += kRows, block_ += at_.block_size)
+      f(first, std::min<std::int64_t>(kRows, rows.end - first));
+  }
+
   Range range(std::int64_t row) const { return visible(p_, head_.position(row), head_.len_k); }
 
   void load_keys(std::int64_t tile, std::int64_t width) {
@@ -147,14 +154,17 @@ class Pair {
     A query[kStrip][kMaxDim], grad[kStrip][kMaxDim], out[kMaxDim];
     for (std::int64_t r = 0; r < kRows; ++r) {
       A *q = query[r % kStrip], *g = grad[r % kStrip];
-      A &lse = m_[at_.lse + r], &delta = m_[at_.delta + r];
+      A &lse = block_[at_.lse + r], &delta = block_[at_.delta + r];
       lse = kNone, delta = 0;
       if (r < count) {
         const std::int64_t position = (first + r) / head_.group, of_group = (first + r) % head_.group;
+        const std::int64_t soon = first + std::min(r + kAhead, count - 1);
+        prefetch(head_.query_of(soon), at_.dim * static_cast<std::int64_t>(sizeof(T)));
+        prefetch(grads_.out.row(head_, soon), at_.dim_v * static_cast<std::int64_t>(sizeof(T)));
+        prefetch(head_.out_of(soon), at_.dim_v * static_cast<std::int64_t>(sizeof(T)));
         widen(head_.query_of(first + r), at_.dim, at_.dim, q);
         widen(grads_.out.row(head_, first + r), at_.dim_v, at_.dim_v, g);
-        widen(static_cast<const T*>(head_.out) + position * head_.out_row + of_group * head_.out_head, at_.dim_v,
-              at_.dim_v, out);
+        widen(head_.out_of(first + r), at_.dim_v, at_.dim_v, out);
         delta = dot<A>(g, out, at_.dim_v);
         const A saved = head_.lse[of_group * head_.lse_head + position];
         if (saved != -kNone) lse = saved * static_cast<A>(kLog2e);  // -inf: the row saw no key
@@ -162,16 +172,20 @@ class Pair {
         std::fill_n(q, at_.dim, A(0));
         std::fill_n(g, at_.dim_v, A(0));
       }
-      to_panels(q, at_.dim, r, kRows, m_ + at_.query);
-      to_panels(g, at_.dim_v, r, kRows, m_ + at_.grad);
+      to_panels(q, at_.dim, r, kRows, block_ + at_.query);
+      to_panels(g, at_.dim_v, r, kRows, block_ + at_.grad);
       multiply(q, scale, at_.dim);
       if (r % kStrip < kStrip - 1) continue;
-      to_strip(query[0], kMaxDim, at_.dim, m_ + at_.query_strips + r / kStrip * kStrip * at_.dim);
-      to_strip(grad[0], kMaxDim, at_.dim_v, m_ + at_.grad_strips + r / kStrip * kStrip * at_.dim_v);
+      to_strip(query[0], kMaxDim, at_.dim, block_ + at_.query_strips + r / kStrip * kStrip * at_.dim);
+      to_strip(grad[0], kMaxDim, at_.dim_v, block_ + at_.grad_strips + r / kStrip * kStrip * at_.dim_v);
     }
+    std::fill_n(block_ + at_.grad_query, kRows * at_.columns, A(0));
   }
 
   void add_block(std::int64_t first, std::int64_t count, std::int64_t tile, std::int64_t width) {
+    tile_.query_strips = block_ + at_.query_strips, tile_.grad_strips = block_ + at_.grad_strips;
+    tile_.query = block_ + at_.query, tile_.grad = block_ + at_.grad, tile_.grad_query = block_ + at_.grad_query;
+    tile_.lse = block_ + at_.lse, tile_.delta = block_ + at_.delta;
     for (int s = 0; s < kStrips; ++s) {
       Range& seen = tile_.seen[s];
       seen = {0, 0};
@@ -181,7 +195,7 @@ class Pair {
       seen.begin = std::clamp<std::int64_t>(begin, 0, width) / kPanel<A> * kPanel<A>;
       seen.end = std::clamp<std::int64_t>(end, seen.begin, width);
     }
-    tile_.template run<false>(width, [&](int s, A* scores) {
+    tile_.template run<true>(width, [&](int s, A* scores) {
       const Range seen = tile_.seen[s];
       for (std::int64_t r = 0; r < kStrip; ++r)  // rows beyond the last have its masks
         hide(p_, head_, first + std::min(s * kStrip + r, count - 1), tile, seen, round_up(seen.end, kPanel<A>),
@@ -191,25 +205,33 @@ class Pair {
 
   void store_rows(std::int64_t first, std::int64_t count) {
     const A scale = static_cast<A>(p_.scale);
-    for (std::int64_t r = 0; r < count; ++r)
-      add_from_panels(m_ + at_.grad_query, r, kRows, scale, at_.dim, grads_.query.row(head_, first + r));
+    for (std::int64_t r = 0; r < count; ++r) {
+      prefetch(grads_.query.row(head_, first + std::min(r + kAhead, count - 1)), at_.dim * kBytes);
+      add_from_panels(block_ + at_.grad_query, r, kRows, scale, at_.dim, grads_.query.row(head_, first + r));
+    }
   }
 
   void store_keys(std::int64_t tile, std::int64_t width) {
     const A scale = static_cast<A>(p_.scale);
+    const auto key = [&](std::int64_t j) { return grads_.key.data + (tile + j) * grads_.key.stride; };
+    const auto value = [&](std::int64_t j) { return grads_.value.data + (tile + j) * grads_.value.stride; };
     for (std::int64_t j = 0; j < width; ++j) {
-      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, grads_.key.data + (tile + j) * grads_.key.stride);
-      add_from_panels(m_ + at_.grad_value, j, kTile, A(1), at_.dim_v,
-                      grads_.value.data + (tile + j) * grads_.value.stride);
+      const std::int64_t soon = std::min(j + kAhead, width - 1);
+      prefetch(key(soon), at_.dim * kBytes), prefetch(value(soon), at_.dim_v * kBytes);
+      add_from_panels(m_ + at_.grad_key, j, kTile, scale, at_.dim, key(j));
+      add_from_panels(m_ + at_.grad_value, j, kTile, A(1), at_.dim_v, value(j));
     }
   }
 
+  // Rows of a tensor (L, H, D) lie apart: nothing but this reads ahead.
+  static constexpr std::int64_t kAhead = 8, kBytes = sizeof(A);
   const AttentionParams& p_;
   const Head<T> head_;
   const Layout& at_;
   A* const m_;
   const Gradients<T> grads_;
-  GradientTile<A, kTile, kStrips, true> tile_;
+  GradientTile<A, kTile, kStrips, true> tile_{};
+  A* block_ = nullptr;  // the block at hand
 };
 
 template <class T>
