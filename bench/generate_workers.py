@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-TESTS = ("pp512", "tg32", "tg32 @ d4096", "image 448", "image 1024")
+TESTS = ("image 448", "image 1024", "pp512", "tg32", "tg32 @ d4096")
 REPEAT = 2
 
 

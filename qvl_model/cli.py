@@ -350,7 +350,7 @@ def bench(
         typer.Option(
             metavar="NAME",
             help="A test: pp512 (a prompt), tg128 (generation), 'tg128 @ d4096' (behind 4096 tokens), 'image 448', "
-            "with any numbers; repeatable. Default: pp512, tg128, tg128 @ d4096, image 448, image 1024.",
+            "with any numbers; repeatable. Default: image 448, image 1024, pp512, tg128, tg128 @ d4096.",
         ),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Repetitions; the median is shown.")] = 3,
