@@ -8,7 +8,8 @@
 //
 //   tile    kTile = 96 keys: K and V transposed for the scores, K by columns for dQ, sums of dK and dV; these five
 //           buffers, 48 KiB each for D = 128, stay in L2 while the rows pass
-//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns, sums of dQ, 120 KiB
+//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns, sums of dQ, 120
+//   KiB
 //           for D = 128; P and dS of 48 x 96 (36 KiB) go from product to product; every panel is in L1 while the
 //           block's strips pass it
 //   part    kBlocks blocks are packed once for all tiles of a pair (below), which they pass from L3
@@ -37,7 +38,7 @@ static_assert(kTile % kStrip == 0 && kTile % kPanel<float> == 0);
 struct Layout {
   std::int64_t dim, dim_v, columns, columns_v;  // D and Dv, and both rounded up to whole panels
   std::int64_t query_strips, grad_strips, query, grad, grad_query, lse, delta, block_size;  // of a block
-  std::int64_t key_panels, value_panels, key, grad_key, grad_value, weights, grad_scores;  // the tile's
+  std::int64_t key_panels, value_panels, key, grad_key, grad_value, weights, grad_scores;   // the tile's
   std::int64_t size;
 
   Layout(std::int64_t d, std::int64_t dv, int panel)

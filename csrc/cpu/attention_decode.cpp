@@ -39,8 +39,8 @@ constexpr std::int64_t kTileOf = sizeof(S) < 4 ? kTile : kTile / 2;
 
 // scores[r][j] = q[r] . key[j] for R rows and kKeys<R> keys. Keys beyond `keys` repeat the last one; the tile has room.
 template <int R, class S, class A>
-void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim,
-              Ahead<S>& next, A* scores) {
+void dot_keys(const A* q, const S* key, std::int64_t key_row, std::int64_t keys, std::int64_t dim, Ahead<S>& next,
+              A* scores) {
   using V = Vec<A>;
   constexpr int K = kKeys<R>;
   const S* k[K] = {key};

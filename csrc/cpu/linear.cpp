@@ -1,4 +1,5 @@
-// y = x W^T for many rows of x, and the gradient y = x W: register tiles, weights converted in the tile.
+// y = x W^T for many rows of x where integers are multiplied (linear_floats.cpp has floats), and the gradient y = x W:
+// register tiles, weights converted in the tile.
 //
 // Regime: prompts, images, training; 2 M N K FLOPs. The weights lie row-major in their format; a panel of them (2 or 4
 // vectors of outputs) is brought into the tile's order once for kBlockStrips strips, 2 % of the product. What strips
@@ -82,30 +83,43 @@ void run(const PackedLinearParams& p, std::int64_t depth, std::int64_t threads) 
   }
 }
 
+#if defined(__AVX512F__)
+bool multiplies_halves(const PackedLinearParams& p) {
+  return p.weight.dtype == DType::bf16 && (p.rounded || p.x.dtype == DType::bf16) && has_fast_bf16();
+}
+#else
+bool multiplies_halves(const PackedLinearParams&) { return false; }
+#endif
+
+// Whether linear_floats.cpp is fastest, measured on AVX2: float32 weights are streamed as fast for 8 rows, bfloat16 for
+// 16, and where the caller allows 12-bit integers they are faster from 64 rows on, with VNNI from the first.
+bool is_linear_floats(const PackedLinearParams& p) {
+  const std::int64_t rows = p.x.size[0];
+  if (is_quantized(p) || rows <= (p.weight.dtype == DType::f32 ? 8 : kDecodeRows)) return false;
+  if (rows <= kDecodeRows) return true;
+  const bool integers = p.rounded && (IntVec::N == 8 || has_vnni());
+  return !multiplies_halves(p) && !(integers && (has_vnni() || rows > 64));
+}
+
 // Calls f(P{}, depth) with the kind of product that the weights and the CPU allow.
 template <class F>
 void with_product(const PackedLinearParams& p, const F& f) {
   const std::int64_t k = p.x.size[1], blocks = round_up(k, kBlock);
-  if (is_quantized(p)) {
-    const bool fours = p.rounded && p.weight.dtype == DType::u8;
-    if (!has_vnni())
-      return fours ? f(Fours<false>{}, blocks) : p.rounded ? f(Sevens{}, blocks) : f(Integers<false>{}, blocks);
-    return fours ? f(Fours<true>{}, blocks) : p.rounded ? f(Bytes{}, blocks) : f(Integers<true>{}, blocks);
-  }
 #if defined(__AVX512F__)
-  const bool halves = p.weight.dtype == DType::bf16 && (p.rounded || p.x.dtype == DType::bf16);
-  if (halves && has_fast_bf16()) return f(Halves{}, k);
-#else
-  if (p.rounded && !has_vnni()) return f(Integers<false>{}, blocks);
+  if (multiplies_halves(p)) return f(Halves{}, k);
 #endif
-  if (p.rounded && has_vnni()) return f(Integers<true>{}, blocks);
-  f(Floats<false>{}, k);
+  const bool rounded = is_quantized(p) && p.rounded, fours = rounded && p.weight.dtype == DType::u8;
+  if (has_vnni())
+    fours ? f(Fours<true>{}, blocks) : rounded ? f(Bytes{}, blocks) : f(Integers<true>{}, blocks);
+  else
+    fours ? f(Fours<false>{}, blocks) : rounded ? f(Sevens{}, blocks) : f(Integers<false>{}, blocks);
 }
 
 }  // namespace
 
 std::int64_t packed_linear_scratch_bytes(const PackedLinearParams& p, std::int64_t threads) {
   if (is_linear_amx(p)) return linear_amx_scratch_bytes(p, threads);
+  if (is_linear_floats(p)) return linear_floats_scratch_bytes(p, threads);
   if (is_linear_decode(p)) return linear_decode_scratch_bytes(p);
   std::int64_t bytes = 0;
   with_product(p, [&](auto product, std::int64_t depth) { bytes = Plan<decltype(product)>(p, depth).bytes(threads); });
@@ -115,6 +129,7 @@ std::int64_t packed_linear_scratch_bytes(const PackedLinearParams& p, std::int64
 void packed_linear(const PackedLinearParams& p, std::int64_t threads) {
   if (p.y.numel() == 0) return;
   if (is_linear_amx(p)) return linear_amx(p, threads);
+  if (is_linear_floats(p)) return linear_floats(p, threads);
   if (is_linear_decode(p)) return linear_decode(p, threads);
   with_product(p, [&](auto product, std::int64_t depth) {
     with_x_type(p.x.dtype, [&](auto t) { run<decltype(product), decltype(t)>(p, depth, threads); });
@@ -122,12 +137,12 @@ void packed_linear(const PackedLinearParams& p, std::int64_t threads) {
 }
 
 std::int64_t packed_linear_backward_scratch_bytes(const PackedLinearParams& p, std::int64_t threads) {
-  return Plan<Floats<true>>(p, p.x.size[1]).bytes(threads);
+  return Plan<Gradient>(p, p.x.size[1]).bytes(threads);
 }
 
 void packed_linear_backward(const PackedLinearParams& p, std::int64_t threads) {
   if (p.y.numel() == 0) return;
-  with_x_type(p.x.dtype, [&](auto t) { run<Floats<true>, decltype(t)>(p, p.x.size[1], threads); });
+  with_x_type(p.x.dtype, [&](auto t) { run<Gradient, decltype(t)>(p, p.x.size[1], threads); });
 }
 
 }  // namespace qvl::cpu

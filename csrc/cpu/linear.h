@@ -18,6 +18,10 @@ bool is_linear_decode(const PackedLinearParams& p);
 std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p);
 void linear_decode(const PackedLinearParams& p, std::int64_t threads);
 
+// linear_floats.cpp: more rows, products of floats.
+std::int64_t linear_floats_scratch_bytes(const PackedLinearParams& p, std::int64_t threads);
+void linear_floats(const PackedLinearParams& p, std::int64_t threads);
+
 // Calls f(T{}) with the type of x, one of the three narrow ones.
 template <class F>
 void with_x_type(DType dtype, const F& f) {

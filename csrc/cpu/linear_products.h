@@ -1,7 +1,6 @@
 // The kinds of product that linear.cpp tiles: what a strip of x and a panel of W hold, and how they are multiplied.
 //
-//   Floats     float32 and bfloat16 weights, floats in both; and the gradient, whatever the format, from decoded rows
-//              in panels of columns
+//   Gradient   floats, whatever the format, from decoded rows in panels of columns
 //   Integers   weights and x as pairs of int16 with steps for each 128, so that sums of 128 products stay below 2^31.
 //              int8: |w| <= 127, |x| <= 32767. Others are rounded: int4 weights again, to 11 bits, |w| <= 2047, |x| <=
 //              8191: the product then costs what int8 costs, and has lost 1 / 4094 of the largest weight, a hundredth
@@ -19,9 +18,8 @@
 
 namespace qvl::cpu {
 
-// Products of floats. `depth` is K, or N where the gradient is computed.
-template <bool kGradient>
-struct Floats {
+// Products of floats, `depth` being N.
+struct Gradient {
   static constexpr int kWidth = kPanel<float>;
   static constexpr std::int64_t kDepth = 256;
   static constexpr std::int64_t kPanelFloats = kDepth * kWidth;
@@ -41,23 +39,8 @@ struct Floats {
   }
   static void fill_panel(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k,
                          std::int64_t depth, float* panel) {
-    if constexpr (kGradient) {
-      for (std::int64_t i = 0; i < depth; ++i)
-        decode(p, k + i, first, std::min<std::int64_t>(outputs, kWidth), kWidth, panel + i * kWidth);
-      return;
-    }
-    float wide[8][kDepth];
-    const float* eight[8];
-    for (int j = 0; j < kWidth; j += 8) {
-      for (int i = 0; i < 8; ++i) {
-        eight[i] = wide[i];
-        if (j + i < outputs)
-          decode(p, first + j + i, k, depth, depth, wide[i]);
-        else
-          std::fill_n(wide[i], depth, 0.0f);
-      }
-      transpose_eight(eight, depth, panel + j, kWidth);
-    }
+    for (std::int64_t i = 0; i < depth; ++i)
+      decode(p, k + i, first, std::min<std::int64_t>(outputs, kWidth), kWidth, panel + i * kWidth);
   }
   static void add(const float* strip, std::int64_t, const float* panel, std::int64_t k, std::int64_t depth,
                   float* sums) {
