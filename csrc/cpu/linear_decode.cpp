@@ -1,6 +1,6 @@
 // y = x W^T for few rows of x: every weight is read once, and reading is all that may cost.
 //
-// Regime: M = 1 to kDecodeRows, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. x is prepared once, as float32
+// Regime: M = 1 to kDecodeRows, of integers to 48 on some CPUs, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. x is prepared once, as float32
 // or, for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or L2); 16 bits lose almost nothing
 // (2^-16 of a block's largest).
 //
@@ -33,7 +33,7 @@ constexpr std::int64_t kChunk = 32;    // outputs of a stream whose sums are fin
 constexpr std::int64_t kAhead = 4096;  // bytes of prefetch: what memory delivers in its latency
 constexpr std::int64_t kScales = 64;   // of a row of weights, brought into floats at once
 constexpr int kTile = 4;
-constexpr int kMostSums = 32;  // rows of x times streams
+constexpr int kMostSums = 48;  // rows of x times streams
 
 constexpr float kLimit = 32767.0f;
 
@@ -350,7 +350,14 @@ void run(const PackedLinearParams& p, std::int64_t threads) {
 
 }  // namespace
 
-bool is_linear_decode(const PackedLinearParams& p) { return p.x.size[0] <= kDecodeRows; }
+// Without VNNI a product of integers takes two instructions here as in linear.cpp, which has to bring the weights into
+// panels: measured, that takes longer up to these numbers of rows. Beyond 3072 numbers kTile rows of x do not fit L1.
+bool is_linear_decode(const PackedLinearParams& p) {
+  std::int64_t rows = kDecodeRows;
+  if (!has_vnni() && p.weight.dtype == DType::i8 && p.x.size[1] <= 3072) rows = 32;
+  if (!has_vnni() && p.weight.dtype == DType::u8 && !p.rounded) rows = 48;
+  return p.x.size[0] <= rows;
+}
 
 std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p) {
   return Layout(p).size * static_cast<std::int64_t>(sizeof(float));
