@@ -120,11 +120,11 @@ def packed_linear(
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and
         rounded once. With "int8" and "int4" weights the kernels round x to 16-bit integers, a scale for each 128 of
-        them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 or 48 rows both factors are rounded, x
-        to 1/16382 and W to 1/4094 of the largest of the 128. With "medium", where it acts: "fp32" and "bf16" x and W to
-        1/8190 of the largest of the 128, a fifth of the error of x in bfloat16; "int8" and "int4" x to 1/254, W not;
-        "int8" without VNNI x to 1/254 of the difference between the largest and the least of the 128; with
-        AMX each number to 1/256 of itself.
+        them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 or 48 rows both factors are
+        rounded, x to 1/16382 and W to 1/4094 of the largest of the 128. With "medium", where it acts: "fp32" and "bf16"
+        x and W to 1/8190 of the largest of the 128, a fifth of the error of x in bfloat16; "int8" and "int4" x to
+        1/254, W not; "int8" without VNNI x to 1/254 of the difference between the largest and the least of the 128;
+        with AMX each number to 1/256 of itself.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.

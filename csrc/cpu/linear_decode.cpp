@@ -1,8 +1,8 @@
 // y = x W^T for few rows of x: every weight is read once, and reading is all that may cost.
 //
-// Regime: M = 1 to kDecodeRows, of integers to 48 on some CPUs, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes. x is prepared once, as float32
-// or, for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or L2); 16 bits lose almost nothing
-// (2^-16 of a block's largest).
+// Regime: M = 1 to kDecodeRows, of integers to 48 on some CPUs, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes.
+// x is prepared once, as float32 or, for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or
+// L2); 16 bits lose almost nothing (2^-16 of a block's largest).
 //
 //   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
 //                for M = 1, 2 for M = 2 and for fp32 and bf16, else 1, M sums then being enough. What is loaded of x
