@@ -95,7 +95,7 @@ class Reference:
 
 
 class Native:
-    """The CPU kernels. Their scratch memory is kept from call to call, 0.5 to 1 MB a thread."""
+    """The CPU kernels. Their scratch memory is kept from call to call, 0.5 to 1.3 MB a thread."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend

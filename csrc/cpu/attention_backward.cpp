@@ -8,10 +8,9 @@
 //
 //   tile    kTile = 96 keys: K and V transposed for the scores, K by columns for dQ, sums of dK and dV; these five
 //           buffers, 48 KiB each for D = 128, stay in L2 while the rows pass
-//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns, sums of dQ, 120
-//   KiB
-//           for D = 128; P and dS of 48 x 96 (36 KiB) go from product to product; every panel is in L1 while the
-//           block's strips pass it
+//   block   kRows = 48 rows (row r is position r / G, head r % G): Q and dO as strips and by columns, and sums of dQ,
+//           120 KiB for D = 128; P and dS of 48 x 96 (36 KiB) go from product to product; every panel is in L1 while
+//           the block's strips pass it
 //   part    kBlocks blocks are packed once for all tiles of a pair (below), which they pass from L3
 //   bytes   a tile reads a row's packed block and dQ, 3 D + 2 Dv, against 96 (3 D + 2 Dv) FMAs
 //

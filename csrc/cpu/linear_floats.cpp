@@ -6,13 +6,12 @@
 // panels for every call, 6 % of the products of 512 rows and as much again as those of 32.
 //
 //   block   up to kMostRows rows of x, in panels of 2 N rows, transposed, [K][2 N]: 2 MiB for K = 2048, in L3
-//   panel   kDepth of K at a time, 16 KiB on AVX2, in L1 while a strip passes it
+//   panel   kDepth of K at a time, 16 KiB, in L1 while a strip passes it
 //   tile    6 rows of W, every weight repeated in a vector, times one panel; of a last panel with up to N rows one
 //           vector, with sums of their own for odd k (attention_tiles.h)
-//   strip   kStripOutputs rows of W by kDepth, 48 KiB in L2 for all panels: float32 in place, bfloat16 widened first
-//   (in
-//           the tile that would take the ports of FMAs and loads). While the first panel passes, the same rows of the
-//           next piece of W are asked for, a line of each at a time: memory is read all the while
+//   strip   kStripOutputs rows of W by kDepth, 24 or 48 KiB in L2 for all panels: float32 in place, bfloat16 widened
+//           first (in the tile that would take the ports of FMAs and loads). While the first panel passes, the same
+//           rows of the next piece of W are asked for, a line of each at a time: memory is read all the while
 //   sums    (outputs, rows) of a strip, in L2; turned when they are finished
 
 #include "linear.h"
@@ -23,7 +22,7 @@ namespace {
 
 constexpr std::int64_t kMostRows = 256;
 constexpr std::int64_t kStripOutputs = 8 * kStrip;
-constexpr std::int64_t kDepth = 256;
+constexpr std::int64_t kDepth = 4096 / kPanel<float>;
 constexpr std::int64_t kWideRow = kDepth + 16;  // not a power of two: rows would share a few sets of L1
 
 // Where things lie in scratch, in floats: a block's panels, and what a thread has.

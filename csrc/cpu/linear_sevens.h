@@ -10,9 +10,8 @@
 // `vpsignb` moved the sign of x to the weights, a third instruction on the two ports that multiply. `vpmaddwd` with
 // ones widens, `vpaddd` adds: 64 products in six instructions, four of them multiplications, against eight and four of
 // `Integers` and eight FMAs. Where the weights of two steps are small enough, as they are known to be once the panel is
-// made, two sums are added before they are widened: five instructions, three of them multiplications. Of 16 normal rows
-// four steps in five are; whichever way, the sums are the same. Where additions have a port to themselves, as on Intel,
-// that would be 2.3 times an FMA; the loop alone reaches 2.1.
+// made, two sums are added before they are widened: five instructions, three of them multiplications. Of 8 normal rows
+// nine steps in ten are; whichever way, the sums are the same.
 //
 // The error of x is at most half a step, range / 254. 128 normal numbers range over 5.2, so a step is 0.041 and its
 // rounding 0.041 / sqrt(12) = 1.2 % of a product; x in 8 bits, 0.6 %; steps of the largest magnitude / 63, 1.3 %, and
@@ -57,6 +56,8 @@ struct Sevens {
   static constexpr std::int64_t kPanelFloats = kFits + 16;
   static std::int64_t strip_floats(std::int64_t depth) { return least_at(depth) + depth / kBlock * kStrip; }
   static std::int64_t steps_at(std::int64_t depth) { return depth / 4 * kStrip + kStripSlack; }
+  // Of the vector of outputs j and its block at b.
+  static std::int64_t fit_at(std::int64_t b, int j) { return kFits + b / kBlock * 2 + j / IntVec::N; }
   static std::int64_t least_at(std::int64_t depth) { return steps_at(depth) + depth / kBlock * kStrip; }
 
   template <class T>
@@ -77,26 +78,18 @@ struct Sevens {
     for (std::int64_t b = 0; b < depth; b += kBlock) {
       float *const to = panel + b / 4 * kWidth, *const scales = panel + kScales + b / kBlock * kWidth;
       fill_bytes(p, first, outputs, k + b, kWidth, to, scales);
-      const std::uint32_t fit = fit_of(to);
-      std::memcpy(panel + kFits + b / kBlock, &fit, sizeof fit);
-      for (int j = 0; j < kWidth; j += IntVec::N)
+      for (int j = 0; j < kWidth; j += IntVec::N) {
+        const std::uint32_t fit = fit_of(to + j);
+        std::memcpy(panel + fit_at(b, j), &fit, sizeof fit);
         store(scales + kSums - kScales + j, load(scales + j) * to_float(sum_words(to + j)));
+      }
     }
   }
-  // Bit i: of steps 2 i and 2 i + 1 of a block the sums of products may be added in 16 bits, for all outputs.
+  // Bit i: of steps 2 i and 2 i + 1 of a block the sums of products may be added in 16 bits, for a vector of outputs.
   static std::uint32_t fit_of(const float* panel) {
     std::uint32_t fit = 0;
-    for (std::int64_t i = 0; i < kWords; i += 2, panel += 2 * kWidth) {
-      bool all = true;
-      for (int j = 0; j < kWidth; j += IntVec::N)
-        all = all && sums_fit(load_pairs(panel + j), load_pairs(panel + kWidth + j));
-      fit |= all ? 1u << i / 2 : 0u;
-    }
-    return fit;
-  }
-  static std::uint32_t fit_at(const float* panel, std::int64_t block) {
-    std::uint32_t fit;
-    std::memcpy(&fit, panel + kFits + block, sizeof fit);
+    for (std::int64_t i = 0; i < kWords; i += 2, panel += 2 * kWidth)
+      fit |= sums_fit(load_pairs(panel), load_pairs(panel + kWidth)) ? 1u << i / 2 : 0u;
     return fit;
   }
   // The sum of each output's q in the block.
@@ -112,41 +105,41 @@ struct Sevens {
     load_tile(sums, kOutputs, acc);
     multiply_add<1, kStrip>(strip + least_at(whole) + k / kBlock * kStrip, panel + kSums, depth / kBlock, acc);
     store_tile(sums, kOutputs, acc);
-    for (std::int64_t b = 0; b < depth; b += kBlock)
-      add_block(strip + (k + b) / 4 * kStrip, strip + steps_at(whole) + (k + b) / kBlock * kStrip,
-                panel + b / 4 * kWidth, panel + kScales + b / kBlock * kWidth, fit_at(panel, b / kBlock), sums);
+    for (int j = 0; j < kWidth; j += IntVec::N) add_vector(strip, whole, panel, k, depth, j, sums + j);
   }
-  [[gnu::noinline]] static void add_block(const float* strip, const float* steps, const float* panel,
-                                          const float* scales, std::uint32_t fit, float* sums) {
+  // One vector of outputs: its two vectors of weights, the ones, and what is multiplied are registers beside six sums,
+  // so that x alone is loaded. With two there would be twelve sums, and weights and ones from memory: 48 loads for
+  // twelve sums instead of 28 were half of the time on Zen 3.
+  [[gnu::noinline]] static void add_vector(const float* strip, std::int64_t whole, const float* panel, std::int64_t k,
+                                           std::int64_t depth, int j, float* sums) {
     using V = Vec<float>;
-    IntVec acc[kStrip][2];
+    const float* x = strip + k / 4 * kStrip;
+    const float* step = strip + steps_at(whole) + k / kBlock * kStrip;
+    const float* w = panel + j;
+    for (std::int64_t b = 0; b < depth; b += kBlock, step += kStrip) {
+      std::uint32_t fit;
+      std::memcpy(&fit, panel + fit_at(b, j), sizeof fit);
+      IntVec acc[kStrip];
 #pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r) acc[r][0] = acc[r][1] = IntVec::zero();
-    for (int i = 0; i < kWords; i += 2, strip += 2 * kStrip, panel += 2 * kWidth, fit >>= 1) {
-      const float* const next = panel + kWidth;
-      if ((fit & 1) != 0) {
+      for (int r = 0; r < kStrip; ++r) acc[r] = IntVec::zero();
+      for (int i = 0; i < kWords; i += 2, x += 2 * kStrip, w += 2 * kWidth, fit >>= 1) {
+        const IntVec here = load_pairs(w), next = load_pairs(w + kWidth);
+        if ((fit & 1) != 0) {
+#pragma GCC unroll 6
+          for (int r = 0; r < kStrip; ++r)
+            acc[r] = add_dot_two_sevens(acc[r], repeat_pair(x + r), here, repeat_pair(x + kStrip + r), next);
+          continue;
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < kStrip; ++r) {
-          const IntVec x = repeat_pair(strip + r), y = repeat_pair(strip + kStrip + r);
-          acc[r][0] = add_dot_two_sevens(acc[r][0], x, panel, y, next);
-          acc[r][1] = add_dot_two_sevens(acc[r][1], x, panel + V::N, y, next + V::N);
+          acc[r] = add_dot_sevens(acc[r], repeat_pair(x + r), here);
+          acc[r] = add_dot_sevens(acc[r], repeat_pair(x + kStrip + r), next);
         }
-        continue;
       }
-#pragma GCC unroll 12
-      for (int r = 0; r < 2 * kStrip; ++r) {
-        const IntVec x = repeat_pair(strip + r);
-        const float* const w = r < kStrip ? panel : next;
-        acc[r % kStrip][0] = add_dot_sevens(acc[r % kStrip][0], x, w);
-        acc[r % kStrip][1] = add_dot_sevens(acc[r % kStrip][1], x, w + V::N);
-      }
-    }
-    const V s0 = load(scales), s1 = load(scales + V::N);
+      const V scale = load(panel + kScales + b / kBlock * kWidth + j);
 #pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r, sums += kOutputs) {
-      const V step(steps[r]);
-      store(sums, fma(to_float(acc[r][0]), s0 * step, load(sums)));
-      store(sums + V::N, fma(to_float(acc[r][1]), s1 * step, load(sums + V::N)));
+      for (int r = 0; r < kStrip; ++r)
+        store(sums + r * kOutputs, fma(to_float(acc[r]), scale * V(step[r]), load(sums + r * kOutputs)));
     }
   }
 };

@@ -3,9 +3,6 @@
 //   add_dot_sevens        four products each: `vpmaddubsw` adds two in 16 bits, `vpmaddwd` with ones two of these
 //   add_dot_two_sevens    twice four, added in 16 bits first: five instructions instead of six
 //   sums_fit              whether these sums fit, whatever is multiplied
-//
-// The products are in assembly on AVX2 for the reason of add_dot_pairs. What can come from memory does: twelve sums,
-// two vectors of bytes and two of products are all sixteen registers.
 #pragma once
 
 #include "vec_linear.h"
@@ -18,15 +15,9 @@ namespace qvl {
 inline void store_bytes(std::uint8_t* p, Vec<float> a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
-// acc + a[4 i] b[4 i] + ... + a[4 i + 3] b[4 i + 3]
-inline IntVec add_dot_sevens(IntVec acc, IntVec a, const float* b) {
-  return add_dot_bytes<false>(acc, a, load_pairs(b));
-}
-// The same of a and b and of c and d.
-inline IntVec add_dot_two_sevens(IntVec acc, IntVec a, const float* b, IntVec c, const float* d) {
-  const __m512i one = _mm512_maddubs_epi16(a.v, load_pairs(b).v), two = _mm512_maddubs_epi16(c.v, load_pairs(d).v);
-  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_add_epi16(one, two), _mm512_set1_epi16(1)))};
-}
+inline IntVec pairs_of_sevens(IntVec a, IntVec b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
+inline IntVec add_words(IntVec a, IntVec b) { return {_mm512_add_epi16(a.v, b.v)}; }
+inline IntVec add(IntVec a, IntVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline IntVec largest_bytes(IntVec a, IntVec b) { return {_mm512_max_epi8(a.v, b.v)}; }
 inline IntVec add_pairs_of_bytes(IntVec a, IntVec b) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -45,25 +36,9 @@ inline void store_bytes(std::uint8_t* p, Vec<float> a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 
-alignas(32) constexpr std::int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-inline const __m256i_u& vector_at(const void* p) { return *static_cast<const __m256i_u*>(p); }
-
-[[gnu::always_inline]] inline IntVec add_dot_sevens(IntVec acc, IntVec a, const float* b) {
-  __m256i sum = acc.v, product;
-  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(sum), "=&x"(product)
-      : "x"(a.v), "m"(vector_at(b)), "m"(vector_at(kOnes)));
-  return {sum};
-}
-[[gnu::always_inline]] inline IntVec add_dot_two_sevens(IntVec acc, IntVec a, const float* b, IntVec c,
-                                                        const float* d) {
-  __m256i sum = acc.v, one, two;
-  asm("vpmaddubsw %4, %3, %1\n\tvpmaddubsw %6, %5, %2\n\tvpaddw %2, %1, %1\n\tvpmaddwd %7, %1, %1\n\t"
-      "vpaddd %1, %0, %0"
-      : "+x"(sum), "=&x"(one), "=&x"(two)
-      : "x"(a.v), "m"(vector_at(b)), "x"(c.v), "m"(vector_at(d)), "m"(vector_at(kOnes)));
-  return {sum};
-}
+inline IntVec pairs_of_sevens(IntVec a, IntVec b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
+inline IntVec add_words(IntVec a, IntVec b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline IntVec add(IntVec a, IntVec b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline IntVec largest_bytes(IntVec a, IntVec b) { return {_mm256_max_epi8(a.v, b.v)}; }
 inline IntVec add_pairs_of_bytes(IntVec a, IntVec b) {
   const __m256i ones = _mm256_set1_epi8(1);
@@ -75,6 +50,13 @@ inline bool any_word_above(IntVec a, int limit) {
 inline IntVec negative_bytes(IntVec a) { return {_mm256_sub_epi8(_mm256_setzero_si256(), a.v)}; }
 
 #endif
+
+// acc + a[4 i] b[4 i] + ... + a[4 i + 3] b[4 i + 3]
+inline IntVec add_dot_sevens(IntVec acc, IntVec a, IntVec b) { return add(acc, sum_pairs(pairs_of_sevens(a, b))); }
+// The same of a and b and of c and d.
+inline IntVec add_dot_two_sevens(IntVec acc, IntVec a, IntVec b, IntVec c, IntVec d) {
+  return add(acc, sum_pairs(add_words(pairs_of_sevens(a, b), pairs_of_sevens(c, d))));
+}
 
 // Whether a sum of four products, two neighbours of b and two of d with numbers of 0 to 127, fits 16 bits: the positive
 // and the negative ones add up to 258 at most, since 258 * 127 = 32766.
