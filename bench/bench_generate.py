@@ -81,8 +81,8 @@ def generation_table(results: dict[str, dict]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for engine, found in results.items():
-        speeds = [f"{found[name]:.1f}" if name in found else "-" for name in TESTS[2:]]
-        pictures = [f"{found[name]:.2f} s" if name in found else "-" for name in TESTS[:2]]
+        speeds = [f"{found[name]:.1f}" if name in found else "-" for name in TESTS if not name.startswith("image")]
+        pictures = [f"{found[name]:.2f} s" if name in found else "-" for name in TESTS if name.startswith("image")]
         memory = f"{found['peak_bytes'] / 2**30:.2f} GiB"
         lines.append("| " + " | ".join([engine, *speeds, *pictures, f"{found['load_s']:.2f} s", memory]) + " |")
     return "\n".join(lines)

@@ -90,12 +90,11 @@ class Pair {
         at_(at),
         m_(scratch),
         grads_(p, head_, segment, kv_head) {
-    A* const m = scratch;
     tile_.dim = at.dim, tile_.dim_v = at.dim_v, tile_.columns = at.columns, tile_.columns_v = at.columns_v;
     tile_.row_count = kRows, tile_.key_count = tile_.sum_count = kTile, tile_.strips = kStrips;
-    tile_.key_panels = m + at.key_panels, tile_.value_panels = m + at.value_panels, tile_.key = m + at.key;
-    tile_.grad_key = m + at.grad_key, tile_.grad_value = m + at.grad_value;
-    tile_.weights = m + at.weights, tile_.grad_scores = m + at.grad_scores;
+    tile_.key_panels = m_ + at.key_panels, tile_.value_panels = m_ + at.value_panels, tile_.key = m_ + at.key;
+    tile_.grad_key = m_ + at.grad_key, tile_.grad_value = m_ + at.grad_value;
+    tile_.weights = m_ + at.weights, tile_.grad_scores = m_ + at.grad_scores;
   }
 
   void run(Range rows, Range keys) {
@@ -159,9 +158,9 @@ class Pair {
       if (r < count) {
         const std::int64_t position = (first + r) / head_.group, of_group = (first + r) % head_.group;
         const std::int64_t soon = first + std::min(r + kAhead, count - 1);
-        prefetch(head_.query_of(soon), at_.dim * static_cast<std::int64_t>(sizeof(T)));
-        prefetch(grads_.out.row(head_, soon), at_.dim_v * static_cast<std::int64_t>(sizeof(T)));
-        prefetch(head_.out_of(soon), at_.dim_v * static_cast<std::int64_t>(sizeof(T)));
+        prefetch(head_.query_of(soon), at_.dim * kStored);
+        prefetch(grads_.out.row(head_, soon), at_.dim_v * kStored);
+        prefetch(head_.out_of(soon), at_.dim_v * kStored);
         widen(head_.query_of(first + r), at_.dim, at_.dim, q);
         widen(grads_.out.row(head_, first + r), at_.dim_v, at_.dim_v, g);
         widen(head_.out_of(first + r), at_.dim_v, at_.dim_v, out);
@@ -195,7 +194,7 @@ class Pair {
       seen.begin = std::clamp<std::int64_t>(begin, 0, width) / kPanel<A> * kPanel<A>;
       seen.end = std::clamp<std::int64_t>(end, seen.begin, width);
     }
-    tile_.template run<true>(width, [&](int s, A* scores) {
+    tile_.run(width, [&](int s, A* scores) {
       const Range seen = tile_.seen[s];
       for (std::int64_t r = 0; r < kStrip; ++r)  // rows beyond the last have its masks
         hide(p_, head_, first + std::min(s * kStrip + r, count - 1), tile, seen, round_up(seen.end, kPanel<A>),
@@ -224,7 +223,7 @@ class Pair {
   }
 
   // Rows of a tensor (L, H, D) lie apart: nothing but this reads ahead.
-  static constexpr std::int64_t kAhead = 8, kBytes = sizeof(A);
+  static constexpr std::int64_t kAhead = 8, kStored = sizeof(T), kBytes = sizeof(A);
   const AttentionParams& p_;
   const Head<T> head_;
   const Layout& at_;

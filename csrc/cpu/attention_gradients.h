@@ -112,8 +112,8 @@ struct GradientTile {
   Ahead* ahead;            // of what comes next; null with strips
   Range seen[kMaxStrips];  // the keys that some row of a strip sees, from a whole panel on
 
-  // hide(s, scores) hides what strip s does not see of [begin, round_up(end, panel)); `add`: dQ is added to.
-  template <bool kAdd, class Hide>
+  // Adds to dQ, dK and dV. hide(s, scores) hides what strip s does not see of [begin, round_up(end, panel)).
+  template <class Hide>
   void run(std::int64_t width, const Hide& hide) {
     products_of_rows(kHasStrips ? query_strips : query, key_panels, dim, width, weights);
     products_of_rows(kHasStrips ? grad_strips : grad, value_panels, dim_v, width, grad_scores);
@@ -121,7 +121,7 @@ struct GradientTile {
       if (seen[s].end > seen[s].begin) hide(s, weights + s * kStrip * kTile);
       for (int r = s * kStrip; r < (s + 1) * kStrip; ++r) soften_row(r, seen[s]);
     }
-    gradients_of_queries<kAdd>();
+    gradients_of_queries();
     products_of_keys(weights, grad, columns_v, width, grad_value);
     products_of_keys(grad_scores, query, columns, width, grad_key);
   }
@@ -132,19 +132,15 @@ struct GradientTile {
   }
 
   // The products are functions of their own: inlined into one, gcc 12 spills accumulators.
-  template <bool kAdd>
   [[gnu::noinline]] void gradients_of_queries() const {
     for (std::int64_t c = 0; c < columns; c += kPanel<A>)
       for (int s = 0; s < strips; ++s) {
         const auto [begin, end] = seen[s];
-        if (kAdd && begin == end) continue;
+        if (begin == end) continue;
         look_ahead();
         A* const to = grad_query + c * row_count + s * kStrip * kPanel<A>;
         Tile<A> acc;
-        if constexpr (kAdd)
-          load_tile(to, kPanel<A>, acc);
-        else
-          clear_tile<A>(acc);
+        load_tile(to, kPanel<A>, acc);
         multiply_add<kTile, 1>(grad_scores + s * kStrip * kTile + begin, key + c * key_count + begin * kPanel<A>,
                                end - begin, acc);
         store_tile(to, kPanel<A>, acc);

@@ -27,13 +27,12 @@ constexpr std::int64_t kWideRow = kDepth + 16;  // not a power of two: rows woul
 
 // Where things lie in scratch, in floats: a block's panels, and what a thread has.
 struct Layout {
-  std::int64_t blocks, rows;  // of x; of a block, whole panels
-  std::int64_t sums_row;      // from an output's sums to the next
+  std::int64_t rows;      // of a block, whole panels
+  std::int64_t sums_row;  // from an output's sums to the next
   std::int64_t wide, sums, up, own;
 
   explicit Layout(const PackedLinearParams& p) {
-    const std::int64_t all = p.x.size[0];
-    blocks = std::max<std::int64_t>(1, (all + kMostRows - 1) / kMostRows);
+    const std::int64_t all = p.x.size[0], blocks = (all + kMostRows - 1) / kMostRows;
     rows = round_up((all + blocks - 1) / blocks, kPanel<float>);
     sums_row = rows + 16;  // not a power of two, as kWideRow
     Pieces pieces;

@@ -132,8 +132,8 @@ struct Sevens {
         }
 #pragma GCC unroll 6
         for (int r = 0; r < kStrip; ++r) {
-          acc[r] = add_dot_sevens(acc[r], repeat_pair(x + r), here);
-          acc[r] = add_dot_sevens(acc[r], repeat_pair(x + kStrip + r), next);
+          acc[r] = add_dot_bytes<false>(acc[r], repeat_pair(x + r), here);
+          acc[r] = add_dot_bytes<false>(acc[r], repeat_pair(x + kStrip + r), next);
         }
       }
       const V scale = load(panel + kScales + b / kBlock * kWidth + j);

@@ -265,7 +265,7 @@ class Work {
           words_of(p_, head, cell, block, first_row(index) + row + s * kStrip, first_row(index) + rows_of(head, index));
       t.seen[s] = {words[s].begin() / kPanel<A> * kPanel<A>, words[s].end()};
     }
-    t.template run<true>(at_.cell, [&](int s, A* scores) {
+    t.run(at_.cell, [&](int s, A* scores) {
       const std::int64_t begin = t.seen[s].begin, padded = round_up(t.seen[s].end, kPanel<A>);
       if (!words[s].cover(begin, padded)) hide_unseen(words[s], begin, padded, scores + begin, kCell);
     });

@@ -1,7 +1,7 @@
 // The intrinsics of linear_sevens.h, beside vec_linear.h: products of unsigned bytes of at most 127 with signed ones.
 //
-//   add_dot_sevens        four products each: `vpmaddubsw` adds two in 16 bits, `vpmaddwd` with ones two of these
-//   add_dot_two_sevens    twice four, added in 16 bits first: five instructions instead of six
+//   add_dot_two_sevens    twice four products, added in 16 bits before they are widened: five instructions instead of
+//                         the six of two add_dot_bytes
 //   sums_fit              whether these sums fit, whatever is multiplied
 #pragma once
 
@@ -51,9 +51,7 @@ inline IntVec negative_bytes(IntVec a) { return {_mm256_sub_epi8(_mm256_setzero_
 
 #endif
 
-// acc + a[4 i] b[4 i] + ... + a[4 i + 3] b[4 i + 3]
-inline IntVec add_dot_sevens(IntVec acc, IntVec a, IntVec b) { return add(acc, sum_pairs(pairs_of_sevens(a, b))); }
-// The same of a and b and of c and d.
+// What add_dot_bytes adds for a and b and for c and d.
 inline IntVec add_dot_two_sevens(IntVec acc, IntVec a, IntVec b, IntVec c, IntVec d) {
   return add(acc, sum_pairs(add_words(pairs_of_sevens(a, b), pairs_of_sevens(c, d))));
 }

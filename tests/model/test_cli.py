@@ -340,4 +340,6 @@ def test_bench_measures_what_it_is_asked_to(folder, tmp_path):
     assert [entry["test"] for entry in content["results"]] == names
     assert all(len(entry["values"]) == 2 and min(entry["values"]) > 0 for entry in content["results"])
     assert content["peak_bytes"] > 1 << 26
-    assert refused("bench", "--test", "pp0").startswith("there is no test 'pp0'; they are called 'image 448'")
+    assert refused("bench", "--test", "pp0").startswith(
+        "there is no test 'pp0'; they are called 'image 448', 'image 1024'"
+    )
