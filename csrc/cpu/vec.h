@@ -326,8 +326,11 @@ template <int N, class A>
   for (int i = 0; i < N; ++i) v[i] = Vec<A>::zero();
 }
 
-// Asks for the line in L2.
+// Asks for the line, or the lines of [p, p + bytes), in L2.
 inline void prefetch_l2(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
+inline void prefetch_l2(const void* p, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) prefetch_l2(static_cast<const char*>(p) + i);
+}
 
 // 2^x for x <= 127 with an error below 1 ULP, NaN for NaN; 0 for x < -126.5, so that results are never subnormal (they
 // are slow and nothing needs them). x = n + f with |f| <= 1/2: adding 1.5 2^23 + 127 rounds x to n and leaves n + 127,
