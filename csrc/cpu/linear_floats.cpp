@@ -11,11 +11,10 @@
 //   tile    6 rows of W, every weight repeated in a vector, times one panel; of a last panel with up to N rows one
 //           vector, with sums of their own for odd k (attention_tiles.h)
 //   strip   up to kMostOutputs rows of W by kDepth, 48 KiB in L2 for all panels: float32 in place, bfloat16 widened
-//   first
-//           (in the tile that would take the ports of FMAs and loads). While the first panel passes, the same rows of
-//           the next piece of W are asked for, a line of each at a time: memory is read all the while. With AVX-512,
-//           whose CPUs have 1 MiB of L2 and more, 192 KiB: panels pass four times as seldom, and the L3 of a server
-//           delivers them at a third of the speed of the products
+//           first (in the tile that would take the ports of FMAs and loads). While the first panel passes, the same
+//           rows of the next piece of W are asked for, a line of each at a time: memory is read all the while. With
+//           AVX-512, whose CPUs have 1 MiB of L2 and more, 192 KiB: panels pass four times as seldom, and the L3 of a
+//           server delivers them at a third of the speed of the products
 //   sums    (outputs, rows) of a strip, in L2; turned when they are finished
 
 #include "linear.h"
