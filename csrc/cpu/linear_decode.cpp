@@ -5,10 +5,10 @@
 // L2); 16 bits lose almost nothing (2^-16 of a block's largest).
 //
 //   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
-//                for M = 1, 2 for M = 2 and for fp32 and bf16, else 1, M sums then being enough. What is loaded of x
-//                serves R rows, R sums hide each other's latency, and memory sees R sequential streams in R pages.
-//                Neighbouring rows side by side would lie in one page, where the prefetcher of the CPU follows one of
-//                them: half the bandwidth. Software asks kAhead bytes ahead, all streams together
+//                for M = 1, 2 for M = 2, for fp32 and bf16 and for int8 with AVX-512, else 1, M sums then being enough.
+//                What is loaded of x serves R rows, R sums hide each other's latency, and memory sees R sequential
+//                streams in R pages. Neighbouring rows side by side would lie in one page, where the prefetcher of the
+//                CPU follows one of them: half the bandwidth. Software asks kAhead bytes ahead, all streams together
 //   fp32, bf16   W in vectors along K, widened in registers, times up to kTile rows of x
 //   int8         weights widened to int16, `vpmaddwd` (`vpdpwssd` with VNNI) with x, added up over a block of 128 in
 //                int32 (128 / 16 times 2 * 127 * 32767 is below 2^31), then scaled into float sums
@@ -32,8 +32,15 @@ namespace {
 constexpr std::int64_t kChunk = 32;    // outputs of a stream whose sums are finished together, at most
 constexpr std::int64_t kAhead = 4096;  // bytes of prefetch: what memory delivers in its latency
 constexpr std::int64_t kScales = 64;   // of a row of weights, brought into floats at once
+constexpr int kMostSums = 64;          // rows of x times streams
+
+// Rows of x whose sums are registers together. With AVX-512 and int4 twice as many, which share what it takes to widen
+// weights, if x has at most kShort numbers: more would not fit L1. Of int8, which has two sets of sums, and of floats,
+// whose x is float32, eight took longer.
 constexpr int kTile = 4;
-constexpr int kMostSums = 48;  // rows of x times streams
+constexpr std::int64_t kShort = 3072;
+template <class W>
+constexpr bool kTallTile = Vec<float>::N == 16 && std::is_same_v<W, std::uint8_t>;
 
 constexpr float kLimit = 32767.0f;
 
@@ -116,21 +123,21 @@ template <int M, int R, bool kVnni>
     ask<R>(w, b);
     ask<R>(w, b + 64);
     Ints total[R * M];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (auto& t : total) t = no_ints();
 #pragma GCC unroll 8
     for (int i = 0; i < kBlock; i += Words::N) {
       Words part[M];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) part[m] = words(piece.x + m * piece.x_row + b + i);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Words a = words(w.row<std::int8_t>(r) + b + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) total[r * M + m] = add_products<kVnni>(total[r * M + m], a, part[m]);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < R * M; ++j) acc[j] = fma(to_float(total[j]), Vec<float>(scale[j * kScales]), acc[j]);
   }
 }
@@ -146,7 +153,7 @@ template <int M, int R, bool kVnni>
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Nibbles a = nibbles(w.row<std::uint8_t>(r) + line + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const std::int16_t* const x = piece.x + m * piece.x_row + 2 * line + 2 * i;
           Ints sum = products(a.part[0], words(x));
@@ -176,6 +183,8 @@ template <class W, bool kVnni>
 struct Product {
   static constexpr bool kFloats = std::is_same_v<W, float> || std::is_same_v<W, bf16>;
   static constexpr bool kMinima = std::is_same_v<W, std::uint8_t>;
+  // Whether two rows of weights are read side by side for every number of rows of x but 1.
+  static constexpr bool kTwoStreams = kFloats || (Vec<float>::N == 16 && !kMinima);
   const PackedLinearParams& p;
   const Layout& at;
 
@@ -237,17 +246,28 @@ struct Product {
     for (std::int64_t i = 0; i < count; ++i)
       outputs<M, R>({first + i, apart, p.weight.as<char>() + (first + i) * bytes, bytes}, row, sums + i);
   }
+  // Of the next tile, where `rows` are left.
+  std::int64_t height(std::int64_t rows) const {
+    if (kTallTile<W> && rows >= 2 * kTile && p.x.size[1] <= kShort) return 2 * kTile;
+    return std::min<std::int64_t>(kTile, rows);
+  }
+
   // sums[(m * R + r) * kChunk + i] = x[m] . W[first + r * apart + i], but that r comes before m among the m of a tile
   template <int R>
   void tiles(std::int64_t first, std::int64_t apart, std::int64_t count, float* sums) const {
     const std::int64_t all = p.x.size[0];
-    std::int64_t row = 0;
-    if constexpr (R <= 2) {
-      for (; row + kTile <= all; row += kTile) tile<kTile, R>(first, apart, count, row, sums + row * R * kChunk);
-      if (all - row == 3) tile<3, R>(first, apart, count, row, sums + row * R * kChunk);
-      if (all - row == 2) tile<2, R>(first, apart, count, row, sums + row * R * kChunk);
+    for (std::int64_t row = 0; row < all; row += height(all - row)) {
+      float* const to = sums + row * R * kChunk;
+      const std::int64_t rows = height(all - row);
+      if (rows == 1) tile<1, R>(first, apart, count, row, to);
+      if constexpr (R <= 2) {
+        if (rows == 2) tile<2, R>(first, apart, count, row, to);
+        if (rows == 3) tile<3, R>(first, apart, count, row, to);
+        if (rows == kTile) tile<kTile, R>(first, apart, count, row, to);
+        if constexpr (kTallTile<W>)
+          if (rows == 2 * kTile) tile<2 * kTile, R>(first, apart, count, row, to);
+      }
     }
-    if (all - row == 1) tile<1, R>(first, apart, count, row, sums + row * R * kChunk);
   }
   // Outputs first + r * apart + i, i < count <= kChunk, in R streams.
   template <int R, class T>
@@ -256,13 +276,12 @@ struct Product {
     alignas(64) float sums[kMostSums * kChunk], up[kMostSums * kChunk];
     tiles<R>(first, apart, count, sums);
     if (p.activation == Activation::swiglu) tiles<R>(p.y.size[1] + first, apart, count, up);
-    for (std::int64_t m = 0; m < all; ++m) {
-      const std::int64_t row = m / kTile * kTile, height = std::min<std::int64_t>(kTile, all - row);
-      for (int r = 0; r < R; ++r) {
-        const std::int64_t at = (row * R + r * height + m - row) * kChunk;
-        finish<T>(p, m, first + r * apart, count, sums + at, up + at);
-      }
-    }
+    for (std::int64_t row = 0; row < all; row += height(all - row))
+      for (int r = 0; r < R; ++r)
+        for (std::int64_t m = 0; m < height(all - row); ++m) {
+          const std::int64_t at = (row * R + r * height(all - row) + m) * kChunk;
+          finish<T>(p, row + m, first + r * apart, count, sums + at, up + at);
+        }
   }
   // Outputs [first, last): R streams as far apart as can be, then what is left.
   template <int R, class T>
@@ -278,7 +297,7 @@ struct Product {
   void run(std::int64_t first, std::int64_t last) const {
     const std::int64_t all = p.x.size[0];
     if (all == 1) return streams<4, T>(first, last);
-    if (kFloats || all == 2) return streams<2, T>(first, last);
+    if (kTwoStreams || all == 2) return streams<2, T>(first, last);
     streams<1, T>(first, last);
   }
 };
@@ -351,10 +370,10 @@ void run(const PackedLinearParams& p, std::int64_t threads) {
 }  // namespace
 
 // Without VNNI a product of integers takes two instructions here as in linear.cpp, which has to bring the weights into
-// panels: measured, that takes longer up to these numbers of rows. Beyond 3072 numbers kTile rows of x do not fit L1.
+// panels: measured, that takes longer up to these numbers of rows. Beyond kShort numbers kTile rows of x do not fit L1.
 bool is_linear_decode(const PackedLinearParams& p) {
   std::int64_t rows = kDecodeRows;
-  if (!has_vnni() && p.weight.dtype == DType::i8 && p.x.size[1] <= 3072) rows = 32;
+  if (!has_vnni() && p.weight.dtype == DType::i8 && p.x.size[1] <= kShort) rows = 32;
   if (!has_vnni() && p.weight.dtype == DType::u8 && !p.rounded) rows = 48;
   return p.x.size[0] <= rows;
 }
