@@ -3,7 +3,7 @@
 // to, for int8 without VNNI `Sevens` (linear_sevens.h).
 //
 //   Halves   bfloat16 weights as they are, x rounded to bfloat16: `vdpbf16ps`, 32 products an instruction, twice what
-//            an FMA does where both take the same time (AMD; on Intel it takes twice as long and nothing is gained).
+//            an FMA does where both take the same time (AMD; on Intel it takes four times as long).
 //            x in bfloat16 loses nothing
 //   Bytes    int8 weights as they are, x as 8 bits with a step for each 128: `vpdpbusd` of VNNI, 64 products an
 //            instruction, 32 on AVX2. One factor has to be unsigned: x + 128, and the sums start at -128 times the sum
