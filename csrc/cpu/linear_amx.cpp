@@ -126,7 +126,7 @@ void fill_row(const PackedLinearParams& p, std::int64_t n, std::int64_t k, std::
   for (std::int64_t j = 0; j < kRows; ++j) {
     const std::int64_t n = first + std::min(j, outputs - 1);
     fill_row(p, n, k, steps, panel + j / kTileRows * kTileFloats + j % kTileRows * (kTileFloats / kTileRows));
-    if (next < row) prefetch_to_l2(p.weight.as<char>() + n * row + next, std::min(kDepth * bits / 8, row - next));
+    if (next < row) prefetch_l2(p.weight.as<char>() + n * row + next, std::min(kDepth * bits / 8, row - next));
   }
 }
 

@@ -246,19 +246,21 @@ struct Product {
     for (std::int64_t i = 0; i < count; ++i)
       outputs<M, R>({first + i, apart, p.weight.as<char>() + (first + i) * bytes, bytes}, row, sums + i);
   }
-  // Of the next tile, where `rows` are left.
-  std::int64_t height(std::int64_t rows) const {
-    if (kTallTile<W> && rows >= 2 * kTile && p.x.size[1] <= kShort) return 2 * kTile;
-    return std::min<std::int64_t>(kTile, rows);
+  // Calls f(first row, rows) for each tile of x.
+  template <class F>
+  void for_tiles(const F& f) const {
+    const std::int64_t all = p.x.size[0], tall = kTallTile<W> && p.x.size[1] <= kShort ? 2 * kTile : kTile;
+    for (std::int64_t row = 0, rows; row < all; row += rows) {
+      rows = all - row >= tall ? tall : std::min<std::int64_t>(kTile, all - row);
+      f(row, rows);
+    }
   }
 
   // sums[(m * R + r) * kChunk + i] = x[m] . W[first + r * apart + i], but that r comes before m among the m of a tile
   template <int R>
   void tiles(std::int64_t first, std::int64_t apart, std::int64_t count, float* sums) const {
-    const std::int64_t all = p.x.size[0];
-    for (std::int64_t row = 0; row < all; row += height(all - row)) {
+    for_tiles([&](std::int64_t row, std::int64_t rows) {
       float* const to = sums + row * R * kChunk;
-      const std::int64_t rows = height(all - row);
       if (rows == 1) tile<1, R>(first, apart, count, row, to);
       if constexpr (R <= 2) {
         if (rows == 2) tile<2, R>(first, apart, count, row, to);
@@ -267,21 +269,21 @@ struct Product {
         if constexpr (kTallTile<W>)
           if (rows == 2 * kTile) tile<2 * kTile, R>(first, apart, count, row, to);
       }
-    }
+    });
   }
   // Outputs first + r * apart + i, i < count <= kChunk, in R streams.
   template <int R, class T>
   void strip(std::int64_t first, std::int64_t apart, std::int64_t count) const {
-    const std::int64_t all = p.x.size[0];
     alignas(64) float sums[kMostSums * kChunk], up[kMostSums * kChunk];
     tiles<R>(first, apart, count, sums);
     if (p.activation == Activation::swiglu) tiles<R>(p.y.size[1] + first, apart, count, up);
-    for (std::int64_t row = 0; row < all; row += height(all - row))
+    for_tiles([&](std::int64_t row, std::int64_t rows) {
       for (int r = 0; r < R; ++r)
-        for (std::int64_t m = 0; m < height(all - row); ++m) {
-          const std::int64_t at = (row * R + r * height(all - row) + m) * kChunk;
+        for (std::int64_t m = 0; m < rows; ++m) {
+          const std::int64_t at = (row * R + r * rows + m) * kChunk;
           finish<T>(p, row + m, first + r * apart, count, sums + at, up + at);
         }
+    });
   }
   // Outputs [first, last): R streams as far apart as can be, then what is left.
   template <int R, class T>

@@ -153,11 +153,6 @@ inline void store_transposed(T* p, const T* const (&rows)[kTileRows], std::int64
     _mm512_storeu_si512(p + (12 + j) * stride, _mm512_shuffle_i32x4(c, d, 0xdd));
   }
 }
-// Asks for the cache lines of [p, p + bytes) in L2.
-inline void prefetch_to_l2(const void* p, std::int64_t bytes) {
-  const char* const line = static_cast<const char*>(p);
-  for (std::int64_t i = 0; i < bytes; i += 64) _mm_prefetch(line + i, _MM_HINT_T1);
-}
 
 }  // namespace qvl
 
