@@ -44,10 +44,10 @@ def bench_product(compare, k, n, rows, format):
     product(compare, k, n, rows, format, "highest")
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("rows", "format"), [(1, "int4"), (8, "int4"), (512, "bf16"), (512, "int8"), (512, "int4")])
 @pytest.mark.parametrize(("k", "n"), SHAPES)
-def bench_rounded_product(compare, k, n, format):
-    product(compare, k, n, 512, format, "medium")
+def bench_rounded_product(compare, k, n, rows, format):
+    product(compare, k, n, rows, format, "medium")
 
 
 def product(compare, k, n, rows, format, precision):

@@ -112,10 +112,11 @@ def packed_linear(
             sigmoid(gate) up, where W holds the rows of gate and then those of up.
         residual: y's shape in x's dtype, or None.
         precision: as of `torch.set_float32_matmul_precision`. "medium" lets both factors be rounded where the CPU then
-            multiplies faster, with more than 16, 32 or 64 rows. "fp32" and "bf16": to integers of 12 bits and a sign, a
-            scale for each 128 (AVX2, or AVX-512 with VNNI); "bf16" on AMD with AVX512_BF16 x to bfloat16. "int8" (VNNI)
-            and "int4": x to 8 bits, a scale for each 128. "int8" without VNNI: x to 128 levels from the least to the
-            largest of each 128. With AMX all but "fp32": x and W to bfloat16. Elsewhere it is "highest".
+            multiplies faster: with more than 16, 32 or 64 rows, of "int4" with any number. "fp32" and "bf16": to
+            integers of 12 bits and a sign, a scale for each 128 (AVX2, or AVX-512 with VNNI); "bf16" on AMD with
+            AVX512_BF16 x to bfloat16. "int8" (VNNI) and "int4": x to 8 bits, a scale for each 128 ("int4" and few rows:
+            for each 32). "int8" without VNNI: x to 128 levels from the least to the largest of each 128. With AMX and
+            more than 16 rows all but "fp32": x and W to bfloat16. Elsewhere it is "highest".
 
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and

@@ -11,8 +11,8 @@ constexpr std::int64_t kOutputs = 128;  // of a task of linear.cpp: the distance
 
 inline bool is_quantized(const PackedLinearParams& p) { return p.scale.data != nullptr; }
 
-// linear_decode.cpp: few rows of x, where reading the weights is all that costs. For so few nothing is rounded because
-// of `PackedLinearParams::rounded`.
+// linear_decode.cpp: few rows of x, where reading the weights is all that costs. For so few only x that meets int4 is
+// rounded because of `PackedLinearParams::rounded`.
 constexpr std::int64_t kDecodeRows = 16;  // at least
 bool is_linear_decode(const PackedLinearParams& p);
 std::int64_t linear_decode_scratch_bytes(const PackedLinearParams& p);

@@ -2,7 +2,8 @@
 //
 // Regime: M = 1 to kDecodeRows, of integers to 48 on some CPUs, 2 M FLOPs for each weight of 4, 2, 1.02 or 0.63 bytes.
 // x is prepared once, as float32 or, for quantised weights, as int16 with a step for each 128 (M K 2 bytes, in L1 or
-// L2); 16 bits lose almost nothing (2^-16 of a block's largest).
+// L2); 16 bits lose almost nothing (2^-16 of a block's largest). With int4 they may be 8 bits: 0.6 % of a normal
+// product, a twelfth of what int4 itself has lost.
 //
 //   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
 //                for M = 1, 2 for M = 2, for fp32 and bf16 and for int8 with AVX-512, else 1, M sums then being enough.
@@ -42,7 +43,7 @@ constexpr std::int64_t kShort = 3072;
 template <class W>
 constexpr bool kTallTile = Vec<float>::N == 16 && std::is_same_v<W, std::uint8_t>;
 
-constexpr float kLimit = 32767.0f;
+constexpr float kLimit = 32767.0f, kRoundedLimit = 127.0f;
 
 // Where things lie in scratch, in floats. `stride` is what a row of x has of each group.
 struct Layout {
@@ -108,15 +109,16 @@ void dot_floats(const Streams& w, std::int64_t k, const float* x, std::int64_t x
 }
 
 // Bytes [begin, end) of the rows of weights, and all of x, its rows x_row apart.
+template <class X>
 struct Piece {
   std::int64_t begin, end;
-  const std::int16_t* x;
+  const X* x;
   std::int64_t x_row;
 };
 
 // `scaled` are the scales of the piece times the steps of x, of each row of weights for each of x.
 template <int M, int R, bool kVnni>
-[[gnu::always_inline]] inline void dot_int8(const Streams& w, const Piece& piece, const float (&scaled)[R * M][kScales],
+[[gnu::always_inline]] inline void dot_int8(const Streams& w, const Piece<std::int16_t>& piece, const float (&scaled)[R * M][kScales],
                                             Vec<float> (&acc)[R * M]) {
   const float* scale = scaled[0];
   for (std::int64_t b = piece.begin; b < piece.end; b += kBlock, ++scale) {
@@ -143,7 +145,7 @@ template <int M, int R, bool kVnni>
 }
 
 template <int M, int R, bool kVnni>
-[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece& piece, const float (&scaled)[R * M][kScales],
+[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<std::int16_t>& piece, const float (&scaled)[R * M][kScales],
                                             Vec<float> (&acc)[R * M]) {
   const float* scale = scaled[0];
   for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
@@ -166,6 +168,30 @@ template <int M, int R, bool kVnni>
   }
 }
 
+template <int M, int R, bool kVnni>
+[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<std::int8_t>& piece,
+                                            const float (&scaled)[R * M][kScales], Vec<float> (&acc)[R * M]) {
+  constexpr int kBytes = 4 * IntVec::N;
+  const float* scale = scaled[0];
+  for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
+    ask<R>(w, line);
+#pragma GCC unroll 2
+    for (int i = 0; i < 64; i += kBytes, scale += kBytes / 16) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        IntVec part[2];
+        nibble_bytes<kVnni>(w.row<std::uint8_t>(r) + line + i, part);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const std::int8_t* const x = piece.x + m * piece.x_row + 2 * line + 2 * i;
+          const Ints sum = dot_nibble_bytes<kVnni>(part, load_bytes(x), load_bytes(x + kBytes));
+          acc[r * M + m] = add_scaled(sum, scale + (r * M + m) * kScales, acc[r * M + m]);
+        }
+      }
+    }
+  }
+}
+
 // to[i * kChunk] is the sum of acc[i]. Whatever N is, a sum is taken in the same order: an output is the same however
 // many are computed together, and with it for every number of threads.
 template <int N>
@@ -178,13 +204,14 @@ template <int N>
   }
 }
 
-// The products with one kind of weights.
-template <class W, bool kVnni>
+// The products with one kind of weights; X is what quantised ones are multiplied with.
+template <class W, bool kVnni, class X = std::int16_t>
 struct Product {
   static constexpr bool kFloats = std::is_same_v<W, float> || std::is_same_v<W, bf16>;
   static constexpr bool kMinima = std::is_same_v<W, std::uint8_t>;
   // Whether two rows of weights are read side by side for every number of rows of x but 1.
-  static constexpr bool kTwoStreams = kFloats || (Vec<float>::N == 16 && !kMinima);
+  static constexpr bool kTwoStreams =
+      kFloats || std::is_same_v<X, std::int8_t> || (Vec<float>::N == 16 && !kMinima);
   const PackedLinearParams& p;
   const Layout& at;
 
@@ -194,23 +221,26 @@ struct Product {
   void scale_groups(const Streams& w, std::int64_t g, std::int64_t row, float (&scaled)[R * M][kScales],
                     Vec<float> (&acc)[R * M]) const {
     using V = Vec<float>;
-    const std::int64_t count = std::min(kScales, at.groups - g);
+    const std::int64_t count = std::min(kScales, at.groups - g), from = w.n * at.groups + g, apart = w.apart * at.groups;
     const float* const memory = p.scratch.as<float>() + row * at.stride + g;
-    for (int r = 0; r < R; ++r) {
-      const std::int64_t from = (w.n + r * w.apart) * at.groups + g;
-      const bf16 *const scale = p.scale.as<bf16>() + from, *const minimum = p.minimum.as<bf16>() + from;
-      for (std::int64_t i = 0; i < count; i += V::N) {
-        const V scales = load_up_to(scale + i, count - i);
+    const auto step = [&](std::int64_t i, auto loaded) __attribute__((always_inline)) {
 #pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const V scales = loaded(p.scale.as<bf16>() + from + r * apart + i);
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) store(scaled[r * M + m] + i, scales * load(memory + at.step + m * at.stride + i));
         if constexpr (kMinima) {
-          const V minima = load_up_to(minimum + i, count - i);
-#pragma GCC unroll 4
+          const V minima = loaded(p.minimum.as<bf16>() + from + r * apart + i);
+#pragma GCC unroll 8
           for (int m = 0; m < M; ++m)
             acc[r * M + m] = fma(minima, load(memory + at.sum + m * at.stride + i), acc[r * M + m]);
         }
       }
-    }
+    };
+    std::int64_t i = 0;
+    for (; i + V::N <= count; i += V::N)
+      step(i, [](const bf16* from) __attribute__((always_inline)) { return load(from); });
+    if (i < count) step(i, [&](const bf16* from) { return load(from, static_cast<int>(count - i)); });
   }
   // sums[(r * M + m) * kChunk] = x[row + m] . W[w.n + r * w.apart]
   template <int M, int R>
@@ -220,7 +250,7 @@ struct Product {
     if constexpr (kFloats) {
       dot_floats<W, M, R>(w, p.x.size[1], p.scratch.as<float>() + at.x + row * at.width, at.width, acc);
     } else {
-      const std::int16_t* const x = reinterpret_cast<const std::int16_t*>(p.scratch.as<float>() + at.x);
+      const X* const x = reinterpret_cast<const X*>(p.scratch.as<float>() + at.x);
       constexpr std::int64_t kBytes = std::is_same_v<W, std::int8_t> ? kBlock : 16;  // of a group
       for (int r = 0; r < R; ++r) {
         const std::int64_t next = (w.n + r * w.apart + 1) * at.groups;
@@ -230,7 +260,7 @@ struct Product {
       alignas(64) float scaled[R * M][kScales];
       for (std::int64_t g = 0; g < at.groups; g += kScales) {
         scale_groups<M, R>(w, g, row, scaled, acc);
-        const Piece piece{g * kBytes, std::min(g + kScales, at.groups) * kBytes, x + row * at.width, at.width};
+        const Piece<X> piece{g * kBytes, std::min(g + kScales, at.groups) * kBytes, x + row * at.width, at.width};
         if constexpr (std::is_same_v<W, std::int8_t>)
           dot_int8<M, R, kVnni>(w, piece, scaled, acc);
         else
@@ -319,6 +349,23 @@ void order_as_nibbles(const std::int16_t* q, float step, std::int16_t* to, float
   }
 }
 
+// A block of x in 8 bits, in the order of int4's bytes, and the same.
+void round_to_nibble_bytes(const float* x, std::int8_t* to, float* steps, float* sums) {
+  constexpr int kTogether = IntVec::N / 8;  // blocks of 64 that are multiplied at once
+  const float high = has_vnni() ? 1.0f / 16.0f : 1.0f;
+  for (int block = 0; block < kBlock / 64; ++block) {
+    std::int16_t q[64];
+    for (int group = 2 * block; group < 2 * block + 2; ++group) {
+      std::int16_t* const of_group = q + group % 2 * 32;
+      const float step = quantize(x + group * 32, 32, kRoundedLimit, of_group);
+      steps[group] = group % 2 == 1 ? step * high : step;
+      sums[group] = step * static_cast<float>(std::accumulate(of_group, of_group + 32, 0));
+    }
+    std::int8_t* const parts = to + block / kTogether * 64 * kTogether + block % kTogether * 32;
+    order_as_nibble_bytes(q, parts, parts + 32 * kTogether);
+  }
+}
+
 // x as the dot products read it.
 template <class T>
 void load_x(const PackedLinearParams& p, const Layout& at, std::int64_t row) {
@@ -326,15 +373,20 @@ void load_x(const PackedLinearParams& p, const Layout& at, std::int64_t row) {
   float* const memory = p.scratch.as<float>();
   if (!is_quantized(p)) return widen(p.x.as<T>() + row * p.x.stride[0], k, at.width, memory + at.x + row * at.width);
   std::int16_t* const to = reinterpret_cast<std::int16_t*>(memory + at.x) + row * at.width;
+  std::int8_t* const to_bytes = reinterpret_cast<std::int8_t*>(memory + at.x) + row * at.width;
   float *const steps = memory + at.step + row * at.stride, *const sums = memory + at.sum + row * at.stride;
   std::fill_n(steps, at.stride, 0.0f);
   std::fill_n(sums, at.stride, 0.0f);
   for (std::int64_t b = 0; b < at.width; b += kBlock) {
+    float wide[kBlock];
     std::int16_t q[kBlock];
+    widen_x<T>(p, row, b, wide);
     if (p.minimum.data == nullptr)
-      steps[b / kBlock] = quantize_x<T>(p, row, b, kLimit, to + b);
+      steps[b / kBlock] = quantize_block(wide, kLimit, to + b);
+    else if (p.rounded)
+      round_to_nibble_bytes(wide, to_bytes + b, steps + b / 32, sums + b / 32);
     else
-      order_as_nibbles(q, quantize_x<T>(p, row, b, kLimit, q), to + b, steps + b / 32, sums + b / 32);
+      order_as_nibbles(q, quantize_block(wide, kLimit, q), to + b, steps + b / 32, sums + b / 32);
   }
 }
 
@@ -349,6 +401,9 @@ void with_product(const PackedLinearParams& p, const Layout& at, const F& f) {
     else
       f(Product<std::uint8_t, decltype(vnni)::value>{p, at});
   };
+  if (p.minimum.data != nullptr && p.rounded)
+    return has_vnni() ? f(Product<std::uint8_t, true, std::int8_t>{p, at})
+                      : f(Product<std::uint8_t, false, std::int8_t>{p, at});
   if constexpr (IntVec::N == 16)
     if (has_vnni()) return quantized(std::true_type{});
   quantized(std::false_type{});

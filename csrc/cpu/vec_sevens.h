@@ -15,8 +15,6 @@ namespace qvl {
 inline void store_bytes(std::uint8_t* p, Vec<float> a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
-inline IntVec pairs_of_sevens(IntVec a, IntVec b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
-inline IntVec add_words(IntVec a, IntVec b) { return {_mm512_add_epi16(a.v, b.v)}; }
 inline IntVec add(IntVec a, IntVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline IntVec largest_bytes(IntVec a, IntVec b) { return {_mm512_max_epi8(a.v, b.v)}; }
 inline IntVec add_pairs_of_bytes(IntVec a, IntVec b) {
@@ -36,8 +34,6 @@ inline void store_bytes(std::uint8_t* p, Vec<float> a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 
-inline IntVec pairs_of_sevens(IntVec a, IntVec b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
-inline IntVec add_words(IntVec a, IntVec b) { return {_mm256_add_epi16(a.v, b.v)}; }
 inline IntVec add(IntVec a, IntVec b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline IntVec largest_bytes(IntVec a, IntVec b) { return {_mm256_max_epi8(a.v, b.v)}; }
 inline IntVec add_pairs_of_bytes(IntVec a, IntVec b) {
@@ -53,7 +49,7 @@ inline IntVec negative_bytes(IntVec a) { return {_mm256_sub_epi8(_mm256_setzero_
 
 // What add_dot_bytes adds for a and b and for c and d.
 inline IntVec add_dot_two_sevens(IntVec acc, IntVec a, IntVec b, IntVec c, IntVec d) {
-  return add(acc, sum_pairs(add_words(pairs_of_sevens(a, b), pairs_of_sevens(c, d))));
+  return add(acc, sum_pairs(add_words(dot_pairs_of_bytes(a, b), dot_pairs_of_bytes(c, d))));
 }
 
 // Whether a sum of four products, two neighbours of b and two of d with numbers of 0 to 127, fits 16 bits: the positive
