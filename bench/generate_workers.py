@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -236,9 +237,11 @@ def write_gguf(to: Path, text: dict) -> None:
 
 
 def peak_bytes() -> int:
+    """Of this program; `ru_maxrss` alone is at least what the process that started it had."""
     import resource
 
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 WORKERS = {"qvl": with_qvl, "transformers": with_transformers, "llama.cpp": with_llama, "gguf": make_gguf}

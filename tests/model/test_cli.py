@@ -343,3 +343,11 @@ def test_bench_measures_what_it_is_asked_to(folder, tmp_path):
     assert refused("bench", "--test", "pp0").startswith(
         "there is no test 'pp0'; they are called 'image 448', 'image 1024'"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells of a program by itself in /proc")
+def test_peak_memory_is_not_that_of_the_process_that_started_it():
+    child = "from qvl_model.info import peak_memory; print(peak_memory())"
+    parent = f"import subprocess, sys; held = b'x' * (1 << 30); subprocess.run([sys.executable, '-c', {child!r}])"
+    told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
+    assert 1 << 26 < int(told) < 1 << 30
