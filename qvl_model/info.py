@@ -142,7 +142,7 @@ def describe_kernels() -> str:
 def peak_memory() -> int:
     """The most bytes that this process had in memory at any time; 0 where the system does not tell.
 
-    Linux says so of the program that runs, in `/proc`; its `ru_maxrss` is at least what the process that started it had.
+    Linux says so of the program that runs in `/proc`; its `ru_maxrss` is at least what the process that started it had.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -7,9 +7,9 @@ product is then at most, with dx and dw half the steps (`rounding_of_factors`):
     sum_k |W[n, k]| dx + |x[m, k]| dw      dx = max|x| / 65534, dw = 0           "int8", and "int4" for few rows
                                            dx = max|x| / 16382, dw = max|W| / 4094    "int4" for many rows
 
-With precision="medium" and many rows, of "int4" any: dx = max|x| / 8190, dw = max|W| / 8190 with "fp32" and "bf16", or dx = |x| / 256
-and dw = 0 with "bf16" on AMD with AVX512_BF16; dx = max|x| / 254 and dw = 0 with "int8" and "int4", but with "int8"
-without VNNI dx = (max x - min x) / 254, where zeros fill up the last 128.
+With precision="medium" and many rows, of "int4" any: dx = max|x| / 8190, dw = max|W| / 8190 with "fp32" and "bf16", or
+dx = |x| / 256 and dw = 0 with "bf16" on AMD with AVX512_BF16; dx = max|x| / 254 and dw = 0 with "int8" and "int4", but
+with "int8" without VNNI dx = (max x - min x) / 254, where zeros fill up the last 128.
 With AMX and many rows, but for "fp32", dx = |x| / 256, and dw = |W| / 256 or, with "bf16", 0.
 """
 
