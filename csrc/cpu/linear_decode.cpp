@@ -118,8 +118,8 @@ struct Piece {
 
 // `scaled` are the scales of the piece times the steps of x, of each row of weights for each of x.
 template <int M, int R, bool kVnni>
-[[gnu::always_inline]] inline void dot_int8(const Streams& w, const Piece<std::int16_t>& piece, const float (&scaled)[R * M][kScales],
-                                            Vec<float> (&acc)[R * M]) {
+[[gnu::always_inline]] inline void dot_int8(const Streams& w, const Piece<std::int16_t>& piece,
+                                            const float (&scaled)[R * M][kScales], Vec<float> (&acc)[R * M]) {
   const float* scale = scaled[0];
   for (std::int64_t b = piece.begin; b < piece.end; b += kBlock, ++scale) {
     ask<R>(w, b);
@@ -145,8 +145,8 @@ template <int M, int R, bool kVnni>
 }
 
 template <int M, int R, bool kVnni>
-[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<std::int16_t>& piece, const float (&scaled)[R * M][kScales],
-                                            Vec<float> (&acc)[R * M]) {
+[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<std::int16_t>& piece,
+                                            const float (&scaled)[R * M][kScales], Vec<float> (&acc)[R * M]) {
   const float* scale = scaled[0];
   for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
     ask<R>(w, line);
@@ -210,8 +210,7 @@ struct Product {
   static constexpr bool kFloats = std::is_same_v<W, float> || std::is_same_v<W, bf16>;
   static constexpr bool kMinima = std::is_same_v<W, std::uint8_t>;
   // Whether two rows of weights are read side by side for every number of rows of x but 1.
-  static constexpr bool kTwoStreams =
-      kFloats || std::is_same_v<X, std::int8_t> || (Vec<float>::N == 16 && !kMinima);
+  static constexpr bool kTwoStreams = kFloats || std::is_same_v<X, std::int8_t> || (Vec<float>::N == 16 && !kMinima);
   const PackedLinearParams& p;
   const Layout& at;
 
@@ -221,7 +220,8 @@ struct Product {
   void scale_groups(const Streams& w, std::int64_t g, std::int64_t row, float (&scaled)[R * M][kScales],
                     Vec<float> (&acc)[R * M]) const {
     using V = Vec<float>;
-    const std::int64_t count = std::min(kScales, at.groups - g), from = w.n * at.groups + g, apart = w.apart * at.groups;
+    const std::int64_t count = std::min(kScales, at.groups - g), from = w.n * at.groups + g,
+                       apart = w.apart * at.groups;
     const float* const memory = p.scratch.as<float>() + row * at.stride + g;
     const auto step = [&](std::int64_t i, auto loaded) __attribute__((always_inline)) {
 #pragma GCC unroll 4

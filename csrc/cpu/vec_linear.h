@@ -74,8 +74,8 @@ struct Nibbles {
 inline int nibble_at(int p, int i) { return (i / 2 % 2 == 1 ? 32 : 0) + 2 * (p >= 2 ? i ^ 2 : i) + p % 2; }
 
 // nibble_bytes: the same in two vectors of unsigned bytes, for x in 8 bits (`order_as_nibble_bytes`). Words of four
-// weights are of the first and of the second group by turns, part 0 as they lie, part 1 after words have changed places.
-// Without VNNI the second group is shifted down, since 16 times the weight would saturate.
+// weights are of the first and of the second group by turns, part 0 as they lie, part 1 after words have changed
+// places. Without VNNI the second group is shifted down, since 16 times the weight would saturate.
 
 #if defined(__AVX512F__)
 
