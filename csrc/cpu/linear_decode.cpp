@@ -6,10 +6,11 @@
 // product, a twelfth of what int4 itself has lost.
 //
 //   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
-//                for M = 1, 2 for M = 2, for fp32 and bf16 and for int8 with AVX-512, else 1, M sums then being enough.
-//                What is loaded of x serves R rows, R sums hide each other's latency, and memory sees R sequential
-//                streams in R pages. Neighbouring rows side by side would lie in one page, where the prefetcher of the
-//                CPU follows one of them: half the bandwidth. Software asks kAhead bytes ahead, all streams together
+//                for M = 1, 2 for M = 2, for floats, x in 8 bits and int8 with AVX-512, else 1, M sums then being
+//                enough. What is loaded of x serves R rows, R sums hide each other's latency, and memory sees R
+//                sequential streams in R pages. Neighbouring rows side by side would lie in one page, where the
+//                prefetcher of the CPU follows one of them: half the bandwidth. Software asks kAhead bytes ahead, all
+//                streams together
 //   fp32, bf16   W in vectors along K, widened in registers, times up to kTile rows of x
 //   int8         weights widened to int16, `vpmaddwd` (`vpdpwssd` with VNNI) with x, added up over a block of 128 in
 //                int32 (128 / 16 times 2 * 127 * 32767 is below 2^31), then scaled into float sums
@@ -19,6 +20,10 @@
 //                instructions for a row of x, as for int8, six of them on the ports that multiply. High halves stay
 //                where they are, 16 times the weight, and 1 / 16 is in the step. The minimum times the sum of a group
 //                of x is a product over groups
+//   int4, x in 8 bits    where the caller lets x be rounded, with a step for each 32: two vectors of unsigned bytes, in
+//                which words of both groups alternate (`nibble_bytes`), take a swap, two shifts and two masks (VNNI: no
+//                shifts); two `vpmaddubsw`, added in 16 bits, and `vpmaddwd` with ones (VNNI: two `vpdpbusd`) multiply
+//                them: five instructions and six for each row of x, instead of eight and nine
 //
 // More rows of x than kTile pass the weights of a strip again, from L2.
 
@@ -215,7 +220,7 @@ struct Product {
   const Layout& at;
 
   // The scales of R rows of weights, from group g on, times the steps of M rows of x; with minima their product
-  // with x's sums is added to acc.
+  // with x's sums is added to acc. Whole vectors have a loop without branches: it is a fifth of int4's work.
   template <int M, int R>
   void scale_groups(const Streams& w, std::int64_t g, std::int64_t row, float (&scaled)[R * M][kScales],
                     Vec<float> (&acc)[R * M]) const {
