@@ -6,9 +6,9 @@
 // product, a twelfth of what int4 itself has lost.
 //
 //   streams      a thread has a contiguous range of outputs in R parts and reads a row of each part side by side: R = 4
-//                for M = 1, 2 for M = 2, for floats, x in 8 bits and int8 with AVX-512, else 1, M sums then being
-//                enough. What is loaded of x serves R rows, R sums hide each other's latency, and memory sees R
-//                sequential streams in R pages. Neighbouring rows side by side would lie in one page, where the
+//                for M = 1, 2 for M = 2, for floats and int8 with AVX-512, for x in 8 bits always 2, else 1, M sums
+//                then being enough. What is loaded of x serves R rows, R sums hide each other's latency, and memory
+//                sees R sequential streams in R pages. Neighbouring rows side by side would lie in one page, where the
 //                prefetcher of the CPU follows one of them: half the bandwidth. Software asks kAhead bytes ahead, all
 //                streams together
 //   fp32, bf16   W in vectors along K, widened in registers, times up to kTile rows of x
@@ -214,7 +214,7 @@ template <class W, bool kVnni, class X = std::int16_t>
 struct Product {
   static constexpr bool kFloats = std::is_same_v<W, float> || std::is_same_v<W, bf16>;
   static constexpr bool kMinima = std::is_same_v<W, std::uint8_t>;
-  // Whether two rows of weights are read side by side for every number of rows of x but 1.
+  // Whether two rows of weights are read side by side for every number of rows of x (of x in 16 bits, for 1 four are).
   static constexpr bool kTwoStreams = kFloats || std::is_same_v<X, std::int8_t> || (Vec<float>::N == 16 && !kMinima);
   const PackedLinearParams& p;
   const Layout& at;
@@ -333,7 +333,7 @@ struct Product {
   template <class T>
   void run(std::int64_t first, std::int64_t last) const {
     const std::int64_t all = p.x.size[0];
-    if (all == 1) return streams<4, T>(first, last);
+    if (all == 1 && !std::is_same_v<X, std::int8_t>) return streams<4, T>(first, last);
     if (kTwoStreams || all == 2) return streams<2, T>(first, last);
     streams<1, T>(first, last);
   }
