@@ -2,7 +2,7 @@
 
 python bench/attention_over_length.py --json native.json [--lengths 256 512 ...]     measures (about two minutes)
 ATEN_CPU_CAPABILITY=avx2 python bench/attention_over_length.py --json avx2.json
-python bench/attention_over_length.py native.json avx2.json      writes README.md's section and draws the figure
+python bench/attention_over_length.py native.json avx2.json      writes BENCHMARKS.md's section and draws the figure
 
 Forward, causal, batch 1, 8 heads of 128, float32. exact: `attention`. sparse: blocks of 64, the diagonal and as many
 others, drawn at random below it, as make the density; density 1 is all that exact attention computes, too, and a line
@@ -19,7 +19,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from timing import facts, seconds_of, write_in_readme
+from timing import facts, seconds_of, write_in
 
 from qvl_kernels import FavorFeatures, SparsePattern, attention, linear_attention, sparse_attention
 
@@ -173,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measured:
         contents = [json.loads(Path(path).read_text()) for path in arguments.measured]
-        write_in_readme("length", "\n\n".join(map(section, contents)))
+        write_in("BENCHMARKS.md", "length", "\n\n".join(map(section, contents)))
         draw(contents)
         return
     torch.manual_seed(0)

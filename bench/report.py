@@ -1,4 +1,5 @@
-"""Writes measured figures into README.md, between its markers, and draws bench/attention.png and bench/generation.png.
+"""Writes measured figures between markers, of whole models in README.md and of operations in BENCHMARKS.md, and draws
+bench/generation.png and bench/attention.png.
 
 python bench/report.py bench_native.json bench_avx2.json             of `pytest bench --qvl-json FILE`
 python bench/report.py --models models_native.json models_avx2.json  of `bench_generate.py --json FILE`
@@ -10,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from bench_generate import generation_table
-from timing import Row, density_table, table, write_in_readme
+from timing import Row, density_table, table, write_in
 
 
 def section(path: str) -> str:
@@ -95,10 +96,10 @@ def plot_models(paths: list[str], to: Path) -> None:
 def main(paths: list[str]) -> None:
     if paths[0] == "--models":
         plot_models(paths[1:], Path(__file__).with_name("generation.png"))
-        write_in_readme("models", "\n\n".join(map(models_section, paths[1:])))
+        write_in("README.md", "models", "\n\n".join(map(models_section, paths[1:])))
         return
     plot(paths, "causal 16/8 x 128, fp32", Path(__file__).with_name("attention.png"))
-    write_in_readme("bench", "\n\n".join(map(section, paths)))
+    write_in("BENCHMARKS.md", "bench", "\n\n".join(map(section, paths)))
 
 
 if __name__ == "__main__":

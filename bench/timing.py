@@ -253,9 +253,9 @@ def write_json(path: str | os.PathLike[str]) -> None:
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_in_readme(name: str, content: str) -> None:
-    """Replaces what README.md has between `<!-- name: begin -->` and `<!-- name: end -->`."""
-    readme, begin, end = _here().parent / "README.md", f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = readme.read_text()
+def write_in(document: str, name: str, content: str) -> None:
+    """Replaces what the document has between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    path, begin, end = _here().parent / document, f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = path.read_text()
     before, after = text.split(begin)[0], text.split(end)[1]
-    readme.write_text(f"{before}{begin}\n{content}\n{end}{after}")
+    path.write_text(f"{before}{begin}\n{content}\n{end}{after}")

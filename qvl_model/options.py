@@ -26,7 +26,7 @@ PrecisionOption = Annotated[
     str,
     typer.Option(
         help="medium rounds what prompts and pictures multiply, to 12 bits or to the width of the weights, where this "
-        "CPU then multiplies faster; highest does not."
+        "CPU then multiplies faster, and with int4 weights what every token does; highest does not."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

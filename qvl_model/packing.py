@@ -10,7 +10,8 @@ lose accuracy. The embedding table stays as it is stored: of it a step reads one
 
 Prompts and pictures have the factors of a product rounded, to 12 bits or to the width of the weights, where the CPU
 then multiplies faster (`packed_linear(precision="medium")`): less than bfloat16 models of other libraries round, which
-keep everything between the layers in it too. Tokens that follow, one row at a time, never do.
+keep everything between the layers in it too. Tokens that follow, one row at a time, do with "int4" alone: 8 bits of x,
+0.6 % of a product whose weights are off by 7 %.
 """
 
 from __future__ import annotations

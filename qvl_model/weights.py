@@ -274,7 +274,7 @@ def load_pretrained(
             Where that is little, the cache becomes int8 and chunks smaller, then the weights; a packed checkpoint
             that is larger still keeps a part of its weights on the disk (`qvl_model.paging`).
         precision: of products with packed matrices, `qvl_kernels.packed_linear`, and of the softmax attention beside
-            them: "medium", or "highest" for prompts and pictures that are rounded as little as the tokens that follow.
+            them: "medium", or "highest" for factors that are rounded as little as the format allows.
 
     The model is complete or there is none; `model.plan` says what was chosen. Parameters whose dtype is the stored one
     are mapped, not copied.

@@ -62,7 +62,7 @@ def test_paths_of_the_tree_exist(path):
     assert (ROOT / path).exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "examples/digits/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "examples/digits/README.md"])
 def test_files_named_in_the_documents_exist(document):
     text = (ROOT / document).read_text()
     for path in re.findall(r"`((?:csrc|qvl_kernels|qvl_model|tests|bench|examples)/[\w./]+)`", text):
