@@ -56,7 +56,7 @@ def bench_causal(compare, batch, length, heads, dtype):
 
 @pytest.mark.parametrize(
     ("length", "heads", "dim", "causal"),
-    [(1024, (16, 8), 128, True), (4096, (16, 8), 128, True), (4096, (16, 16), 64, False)],
+    [*((n, (16, 8), 128, True) for n in (512, 1024, 4096)), *((n, (16, 16), 64, False) for n in (784, 4096))],
 )
 def bench_rounded(compare, length, heads, dim, causal):
     q, k, v = qkv(1, *heads, length, length, dim, torch.float32)
@@ -114,12 +114,14 @@ def bench_decode(compare, batch, len_k, dtype):
     compare(Case("attention", name, flops, nbytes), ours, None, own, TOLERANCE[wide])
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("lengths", [(784,), (256, 784, 400, 1024, 144, 576, 900, 324)], ids=str)
-def bench_varlen(compare, lengths):
+def bench_varlen(compare, lengths, precision):
     q, k, v = torch.randn(3, sum(lengths), 16, 64)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     flops = sum(2 * n * n * 128 * 16 for n in lengths)
-    case = Case("attention_varlen", f"{'+'.join(map(str, lengths))} 16 x 64, fp32", flops, 4 * q.nbytes)
+    name = f"{'+'.join(map(str, lengths))} 16 x 64, fp32" + (", medium" if precision == "medium" else "")
+    case = Case("attention_varlen", name, flops, 4 * q.nbytes)
 
     def own():
         parts = (x.split(lengths) for x in (q, k, v))
@@ -137,7 +139,8 @@ def bench_varlen(compare, lengths):
         out, _ = varlen_reference.forward(*packed, starts, starts, 64**-0.5, False, -1, -1)
         return out[0].transpose(0, 1)
 
-    compare(case, lambda: attention_varlen(q, k, v, offsets, offsets), one_by_one, own, 1e-4)
+    ours = lambda: attention_varlen(q, k, v, offsets, offsets, precision=precision)  # noqa: E731
+    compare(case, ours, one_by_one, own, TOLERANCE[torch.bfloat16] if precision == "medium" else 1e-4)
 
 
 @pytest.mark.parametrize(
