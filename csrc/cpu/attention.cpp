@@ -7,7 +7,8 @@
 //           head r % G of its group, so that a strip of rows has nearly one causal limit and the group's heads share
 //           the packed tile
 //   tile    up to kTile = 192 keys, K transposed and V by columns (attention_tiles.h), 96 KiB each for D = 128, in L2
-//           with the block's queries and sums of 120 or 180 KiB each
+//           with the block's queries and sums of 120 or 180 KiB each; of up to 12 tiles a head all stay packed for its
+//           other blocks (kKeptElements)
 //   group   kGroup strips pass one panel of K, then of V, while it is in L1: their scores (24 x 192, 18 KiB) stay there
 //           between the two products, and L2 is read once a group instead of once a strip (42 B a cycle is what one
 //           strip after the other would ask for on AVX-512)
@@ -28,7 +29,8 @@ namespace {
 template <class T, class S>
 class Block : public Rows<T, S> {
   using Base = Rows<T, S>;
-  using Base::at_, Base::count_, Base::first_, Base::head_, Base::m_, Base::p_, Base::strips_, Base::tile_;
+  using Base::at_, Base::count_, Base::first_, Base::head_, Base::m_, Base::p_, Base::strips_, Base::tile_,
+      Base::tile_memory_;
   using Base::kHidden;
   using typename Base::A, typename Base::V;
 
@@ -48,12 +50,12 @@ class Block : public Rows<T, S> {
 
   void pack(std::int64_t tile, std::int64_t keys) {
     const A* const scale = head_.key_scale ? head_.key_scale + tile * head_.key_scale_row : nullptr;
-    pack_transposed(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, m_ + at_.key, scale,
+    pack_transposed(head_.key + tile * head_.key_row, head_.key_row, keys, at_.dim, tile_memory_ + at_.key, scale,
                     head_.key_scale_row);
     for (std::int64_t j = tile; j < tile + keys; ++j) {
       prefetch(head_.value + std::min(j + 8, tile + keys - 1) * head_.value_row,
                p_.value.size[3] * static_cast<std::int64_t>(sizeof(S)));
-      to_panels(head_.value + j * head_.value_row, p_.value.size[3], j - tile, tile_, m_ + at_.value,
+      to_panels(head_.value + j * head_.value_row, p_.value.size[3], j - tile, tile_, tile_memory_ + at_.value,
                 head_.value_scale ? head_.value_scale[j * head_.value_scale_row] : A(1));
     }
   }
@@ -77,7 +79,7 @@ class Block : public Rows<T, S> {
 
  private:
   void score(const Part& part, std::int64_t j, A* scores) const {
-    score_rows(m_ + at_.query + part.strip * kStrip * at_.dim, at_.dim, m_ + at_.key + j * at_.dim, at_.dim,
+    score_rows(m_ + at_.query + part.strip * kStrip * at_.dim, at_.dim, tile_memory_ + at_.key + j * at_.dim, at_.dim,
                part.keys.end - j, scores + j, kTile);
   }
 
@@ -114,7 +116,7 @@ class Block : public Rows<T, S> {
   // tile to the output.
   void add_values(const Part& part, std::int64_t c, const A* p, const A* shrink, const Target<T>& target) {
     A* const o = m_ + at_.out + part.strip * kStrip * at_.columns + c * kStrip;
-    const A* const values = m_ + at_.value + c * tile_;
+    const A* const values = tile_memory_ + at_.value + c * tile_;
     const auto [begin, end] = part.keys;
     Tile<A> acc;
     if (part.first) {
@@ -136,7 +138,7 @@ std::int64_t attention_scratch_bytes(const AttentionParams& p, std::int64_t thre
   if (is_amx(p)) return attention_amx_scratch_bytes(p, threads);
   if (is_rounded(p)) return attention_rounded_scratch_bytes(p, threads);
   const bool wide = p.query.dtype == DType::f64;
-  const Layout at(p.query.size[3], p.value.size[3], wide ? kPanel<double> : kPanel<float>);
+  const Layout at(p, wide ? kPanel<double> : kPanel<float>);
   return threads * at.size * (wide ? 8 : 4);
 }
 
@@ -147,7 +149,7 @@ void attention(const AttentionParams& p) {
   with_cache_type(p, [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);
-    run_blocks<Block<T, S>, T, S>(p, Layout(p.query.size[3], p.value.size[3], kPanel<Acc<T>>));
+    run_blocks<Block<T, S>, T, S>(p, Layout(p, kPanel<Acc<T>>));
   });
 }
 

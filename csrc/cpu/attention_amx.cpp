@@ -43,6 +43,7 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 struct AmxLayout {
   std::int64_t dim, columns, rows;  // D and Dv rounded up to whole steps; the most rows of a block
   std::int64_t query, out, key, value, scores, weights, top, total, added, size;
+  static constexpr bool kept = false;  // packed tiles: there is memory for one
 
   AmxLayout(std::int64_t d, std::int64_t dv) : dim(round_up(d, kSide)), columns(round_up(dv, kSide)) {
     rows = kBlockBytes / (2 * dim + 4 * columns) / kSide * kSide;
@@ -84,7 +85,7 @@ class AmxBlock {
 
  public:
   AmxBlock(const AttentionParams& p, const Head<T, S>& head, const AmxLayout& at, std::int64_t tile, float* scratch,
-           Range rows)
+           Range rows, const std::int64_t*)
       : p_(p),
         head_(head),
         at_(at),

@@ -62,7 +62,8 @@ template <bool kVnni>
 template <class T, class S, bool kVnni>
 class RoundedBlock : public Rows<T, S> {
   using Base = Rows<T, S>;
-  using Base::at_, Base::count_, Base::first_, Base::head_, Base::m_, Base::p_, Base::strips_, Base::tile_;
+  using Base::at_, Base::count_, Base::first_, Base::head_, Base::m_, Base::p_, Base::strips_, Base::tile_,
+      Base::tile_memory_;
   using Base::kHidden;
   using V = Vec<float>;
   static constexpr int kWidth = kPanel<float>;
@@ -93,8 +94,8 @@ class RoundedBlock : public Rows<T, S> {
     for (std::int64_t piece = 0; piece < keys; piece += kPiece)
       for (std::int64_t c = 0; c < at_.columns; c += kWidth)
         pack_values(tile + piece, std::min<std::int64_t>(kPiece, keys - piece), c,
-                    m_ + at_.value + (c * tile_ + piece * kWidth) / 2,
-                    m_ + at_.value_step + piece / kPiece * at_.columns + c);
+                    tile_memory_ + at_.value + (c * tile_ + piece * kWidth) / 2,
+                    tile_memory_ + at_.value_step + piece / kPiece * at_.columns + c);
   }
 
   void add_group(const Group& group, std::int64_t tile) {
@@ -132,7 +133,7 @@ class RoundedBlock : public Rows<T, S> {
     for (std::int64_t j = 0; j < round_up(keys, kWidth); j += 8) {
       for (int i = 0; i < 8; ++i) {
         const std::int64_t key = j + i;
-        float& step = m_[at_.key_step + key];
+        float& step = tile_memory_[at_.key_step + key];
         step = 0.0f;
         if (key >= keys) continue;  // what is left there is multiplied by 0 and hidden
         const S* const from = head_.key + (tile + key) * head_.key_row;
@@ -142,7 +143,7 @@ class RoundedBlock : public Rows<T, S> {
         step = quantize(wide, dim(), most(), reinterpret_cast<std::int16_t*>(pairs[i]));
         if (head_.key_scale != nullptr) step *= head_.key_scale[(tile + key) * head_.key_scale_row];
       }
-      transpose_eight(eight, at_.dim, m_ + at_.key + j / kWidth * kWidth * at_.dim + j % kWidth, kWidth);
+      transpose_eight(eight, at_.dim, tile_memory_ + at_.key + j / kWidth * kWidth * at_.dim + j % kWidth, kWidth);
     }
   }
 
@@ -174,8 +175,8 @@ class RoundedBlock : public Rows<T, S> {
 
   void score(std::int64_t strip, std::int64_t j, float* scores) const {
     const std::int64_t row = strip * kStrip;
-    add_pairs<kVnni>(m_ + at_.query + row * at_.dim, at_.dim, m_ + at_.key + j * at_.dim, at_.dim,
-                     m_ + at_.query_step + row, m_ + at_.key_step + j, nullptr, scores, kTile);
+    add_pairs<kVnni>(m_ + at_.query + row * at_.dim, at_.dim, tile_memory_ + at_.key + j * at_.dim, at_.dim,
+                     m_ + at_.query_step + row, tile_memory_ + at_.key_step + j, nullptr, scores, kTile);
   }
 
   // A strip's scores to integer weights, written over them, with a step for each piece and row; what earlier sums
@@ -242,8 +243,9 @@ class RoundedBlock : public Rows<T, S> {
     float* const o = m_ + at_.out + part.strip * kStrip * at_.columns + c * kStrip;
     const float* keep = part.first ? nullptr : shrink;
     for_pieces(part.keys.begin, round_up(part.keys.end, V::N), [&](int piece, std::int64_t begin, std::int64_t end) {
-      add_pairs<kVnni>(weights + begin / 2, kTile, m_ + at_.value + (c * tile_ + begin * kWidth) / 2, (end - begin) / 2,
-                       steps + piece * kStrip, m_ + at_.value_step + piece * at_.columns + c, keep, o, kWidth);
+      add_pairs<kVnni>(weights + begin / 2, kTile, tile_memory_ + at_.value + (c * tile_ + begin * kWidth) / 2,
+                       (end - begin) / 2, steps + piece * kStrip,
+                       tile_memory_ + at_.value_step + piece * at_.columns + c, keep, o, kWidth);
       keep = kOnes;
     });
     if (!part.last) return;
@@ -261,7 +263,7 @@ void with_vnni(const F& f) {
   f(std::true_type{});
 }
 
-Layout layout_of(const AttentionParams& p) { return {p.query.size[3], p.value.size[3], kPanel<float>, true}; }
+Layout layout_of(const AttentionParams& p) { return {p, kPanel<float>, true}; }
 
 }  // namespace
 

@@ -14,32 +14,52 @@ constexpr int kPiece = 64;  // keys of a tile whose weights and values share sca
 constexpr int kPieces = kTile / kPiece;
 // Elements of a block's queries and sums. A CPU with AVX-512 has 1 MiB of L2, one without may have half of that.
 constexpr std::int64_t kBlockElements = (Vec<float>::N == 16 ? 360 : 240) * 256;
+// Elements of packed tiles that a thread keeps, 2.25 MiB: 2304 keys for D = 128, 4608 for D = 64. If those are all keys
+// of a head they are packed once, and not once for each block of its rows, which takes a twentieth of the time.
+constexpr std::int64_t kKeptElements = 12 * kTile * 256, kMostTiles = 64;
 
 // How a head's rows and keys are cut: into equal parts, so that none is a small rest.
 struct Cut {
   std::int64_t rows, keys;  // of a block, of a tile
 };
 
+// Keys of the longest segment.
+inline std::int64_t most_keys(const AttentionParams& p) {
+  if (p.offsets_k.data == nullptr) return p.key.size[2];
+  const std::int64_t* const at = p.offsets_k.as<std::int64_t>();
+  std::int64_t most = 0;
+  for (std::int64_t s = 0; s + 1 < p.offsets_k.size[0]; ++s) most = std::max(most, at[s + 1] - at[s]);
+  return most;
+}
+
 // Scratch of one thread, in elements of the compute type.
 struct Layout {
   std::int64_t dim, columns, rows;  // D, or pairs of D; Dv rounded up to whole panels; and the most rows of a block
-  std::int64_t query, out, key, value, scores, top, total, query_step, key_step, value_step, weight_step, size;
+  std::int64_t query, out, scores, top, total, query_step, weight_step, packed, size;
+  std::int64_t key, value, key_step, value_step, tile_size;  // within a packed tile; its size
+  bool kept;                                                 // whether there is memory for all tiles of a head
 
-  Layout(std::int64_t d, std::int64_t dv, int panel, bool rounded = false)
-      : dim(rounded ? (d + 1) / 2 : d), columns(round_up(dv, panel)) {
+  Layout(const AttentionParams& p, int panel, bool rounded = false)
+      : dim(rounded ? (p.query.size[3] + 1) / 2 : p.query.size[3]), columns(round_up(p.value.size[3], panel)) {
+    const std::int64_t d = p.query.size[3];
     constexpr std::int64_t kGroupRows = kGroup * kStrip, kMost = kBlockElements / 128 / kGroupRows;
     rows = std::clamp<std::int64_t>(kBlockElements / (d + columns) / kGroupRows, 4, kMost) * kGroupRows;
     Pieces pieces;
+    Pieces of_tile;
+    key = of_tile.take(kTile * dim);
+    value = of_tile.take(kTile * columns);
+    key_step = of_tile.take(rounded ? kTile : 0);
+    value_step = of_tile.take(rounded ? kPieces * columns : 0);
+    tile_size = of_tile.size();
+    const std::int64_t tiles = (most_keys(p) + kTile - 1) / kTile;
+    kept = tiles <= kMostTiles && tiles * tile_size <= kKeptElements;
     query = pieces.take(rows * dim);
     out = pieces.take(rows * columns);
-    key = pieces.take(kTile * dim);
-    value = pieces.take(kTile * columns);
+    packed = pieces.take(tile_size * (kept ? tiles : 1));
     scores = pieces.take(kGroup * kStrip * kTile);
     top = pieces.take(rows);
     total = pieces.take(rows * panel / 2);
     query_step = pieces.take(rounded ? rows : 0);
-    key_step = pieces.take(rounded ? kTile : 0);
-    value_step = pieces.take(rounded ? kPieces * columns : 0);
     weight_step = pieces.take(rounded ? kGroup * kPieces * kStrip : 0);
     size = pieces.size();
   }
@@ -72,14 +92,16 @@ struct Group {
   Range keys;
 };
 
-// Rows [first, first + count) of a head. What derives from it has load_queries, pack and add_group.
+// Rows [first, first + count) of a head. What derives from it has load_queries, pack and add_group. `packed`: how many
+// keys of each of the head's tiles are packed already, by blocks before this one; null if tiles are not kept.
 template <class T, class S>
 class Rows {
  public:
   using A = Acc<T>;
   using V = Vec<A>;
 
-  Rows(const AttentionParams& p, const Head<T, S>& head, const Layout& at, std::int64_t tile, A* scratch, Range rows)
+  Rows(const AttentionParams& p, const Head<T, S>& head, const Layout& at, std::int64_t tile, A* scratch, Range rows,
+       std::int64_t* packed)
       : p_(p),
         head_(head),
         at_(at),
@@ -87,16 +109,23 @@ class Rows {
         m_(scratch),
         first_(rows.begin),
         count_(rows.end - rows.begin),
-        strips_((count_ + kStrip - 1) / kStrip) {}
+        strips_((count_ + kStrip - 1) / kStrip),
+        packed_keys_(packed) {}
 
-  // Calls block.pack(tile, keys), and then block.add_group(group, tile) for every group of strips, for each tile that a
-  // row sees.
+  // Calls block.pack(tile, keys), unless that is done, and then block.add_group(group, tile) for every group of strips,
+  // for each tile that a row sees.
   template <class B>
-  void for_tiles(B& block) const {
+  void for_tiles(B& block) {
     const Range all{range(0).begin, range(count_ - 1).end};  // limits rise with the position
     for (std::int64_t tile = all.begin / tile_ * tile_; tile < all.end; tile += tile_) {
-      const std::int64_t keys = std::min<std::int64_t>(tile_, head_.len_k - tile);
-      block.pack(tile, std::min(keys, all.end - tile));
+      const std::int64_t keys = std::min<std::int64_t>(tile_, head_.len_k - tile),
+                         seen = std::min(keys, all.end - tile);
+      std::int64_t* const done = packed_keys_ == nullptr ? nullptr : packed_keys_ + tile / tile_;
+      tile_memory_ = m_ + at_.packed + (done == nullptr ? 0 : tile / tile_ * at_.tile_size);
+      if (done == nullptr || *done < seen) {
+        block.pack(tile, seen);
+        if (done != nullptr) *done = seen;
+      }
       for (std::int64_t strip = 0; strip < strips_; strip += kGroup) block.add_group(group_of(strip, tile, keys), tile);
     }
     write_unseen();
@@ -132,9 +161,12 @@ class Rows {
   const Layout& at_;
   const std::int64_t tile_;
   A* const m_;
+  A* tile_memory_ = nullptr;  // the packed tile at hand
   const std::int64_t first_, count_, strips_;
 
  private:
+  std::int64_t* const packed_keys_;
+
   Group group_of(std::int64_t first_strip, std::int64_t tile, std::int64_t keys) const {
     Group group{{}, static_cast<int>(std::min<std::int64_t>(kGroup, strips_ - first_strip)), {keys, 0}};
     for (int s = 0; s < group.strips; ++s) {
@@ -170,8 +202,6 @@ void run_blocks(const AttentionParams& p, const L& at) {
   const std::int64_t workers = p.scratch.numel() / (at.size * static_cast<std::int64_t>(sizeof(A)));
   const std::int64_t heads = segments * kv_heads, wanted = (4 * workers + heads - 1) / std::max<std::int64_t>(heads, 1);
   const auto cut_of = [&](const Head<T, S>& head) { return at.cut(head.rows(), head.len_k, wanted, kPanel<A>); };
-  // Tasks are numbered by block, then head, then segment, the last block first: with a causal mask it costs the most,
-  // and what is started last should be small.
   std::int64_t blocks = 0;
   for (std::int64_t s = 0; s < segments; ++s) {
     const Head<T, S> head = head_of<T, S>(p, s, 0);
@@ -179,14 +209,24 @@ void run_blocks(const AttentionParams& p, const L& at) {
     if (rows > 0) blocks = std::max(blocks, (head.rows() + rows - 1) / rows);
   }
   const std::int64_t work = p.query.numel() * std::max<std::int64_t>(p.key.size[2], 1);
-  parallel_tasks(blocks * heads, work, workers, [&](std::int64_t task, std::int64_t worker) {
-    const std::int64_t number = blocks - 1 - task / heads;
-    const Head<T, S> head = head_of<T, S>(p, task % heads / kv_heads, task % kv_heads);
+  const auto run_block = [&](std::int64_t head_at, std::int64_t number, std::int64_t worker, std::int64_t* packed) {
+    const Head<T, S> head = head_of<T, S>(p, head_at / kv_heads, head_at % kv_heads);
     const Cut cut = cut_of(head);
     const Range rows{number * cut.rows, std::min((number + 1) * cut.rows, head.rows())};
     if (rows.begin >= rows.end) return;
-    B block(p, head, at, cut.keys, p.scratch.as<A>() + worker * at.size, rows);
+    B block(p, head, at, cut.keys, p.scratch.as<A>() + worker * at.size, rows, packed);
     block.run();
+  };
+  // The last block first: with a causal mask it sees the most keys. Where heads are enough for the threads and their
+  // packed tiles are kept, a head is a task.
+  if (at.kept && wanted == 1)
+    return parallel_tasks(heads, work, workers, [&](std::int64_t task, std::int64_t worker) {
+      std::int64_t packed[kMostTiles] = {};
+      for (std::int64_t number = blocks - 1; number >= 0; --number) run_block(task, number, worker, packed);
+    });
+  // Else tasks are numbered by block, then head, then segment: what is started last should be small.
+  parallel_tasks(blocks * heads, work, workers, [&](std::int64_t task, std::int64_t worker) {
+    run_block(task % heads, blocks - 1 - task / heads, worker, nullptr);
   });
 }
 
