@@ -240,7 +240,8 @@ def peak_bytes() -> int:
     """Of this program; `ru_maxrss` alone is at least what the process that started it had."""
     import resource
 
-    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.is_file() else "")
     return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 

@@ -64,6 +64,15 @@ void with_cache_type(const AttentionParams& p, const F& f) {
   });
 }
 
+// The length of the longest sequence that the offsets cut, or what it is where there are none.
+inline std::int64_t longest_sequence(const TensorView& offsets, std::int64_t otherwise) {
+  if (offsets.data == nullptr) return otherwise;
+  const std::int64_t* const at = offsets.as<std::int64_t>();
+  std::int64_t longest = 0;
+  for (std::int64_t s = 0; s + 1 < offsets.size[0]; ++s) longest = std::max(longest, at[s + 1] - at[s]);
+  return longest;
+}
+
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 // Memory handed out in pieces of 16 elements, whole cache lines of floats.

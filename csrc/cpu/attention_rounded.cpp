@@ -89,7 +89,10 @@ class RoundedBlock : public Rows<T, S> {
     std::fill_n(m_ + at_.total, strips_ * kStrip * V::N, 0.0f);
   }
 
-  void pack(std::int64_t tile, std::int64_t keys) {
+  // Whole pieces, though a block may see less of its last one: else the scales of values, and with them the results,
+  // would depend on how rows are cut, and so on the number of threads.
+  void pack(std::int64_t tile, std::int64_t seen) {
+    const std::int64_t keys = std::min({round_up(seen, kPiece), tile_, head_.len_k - tile});
     pack_keys(tile, keys);
     for (std::int64_t piece = 0; piece < keys; piece += kPiece)
       for (std::int64_t c = 0; c < at_.columns; c += kWidth)

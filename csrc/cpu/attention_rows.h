@@ -23,15 +23,6 @@ struct Cut {
   std::int64_t rows, keys;  // of a block, of a tile
 };
 
-// Keys of the longest segment.
-inline std::int64_t most_keys(const AttentionParams& p) {
-  if (p.offsets_k.data == nullptr) return p.key.size[2];
-  const std::int64_t* const at = p.offsets_k.as<std::int64_t>();
-  std::int64_t most = 0;
-  for (std::int64_t s = 0; s + 1 < p.offsets_k.size[0]; ++s) most = std::max(most, at[s + 1] - at[s]);
-  return most;
-}
-
 // Scratch of one thread, in elements of the compute type.
 struct Layout {
   std::int64_t dim, columns, rows;  // D, or pairs of D; Dv rounded up to whole panels; and the most rows of a block
@@ -51,7 +42,7 @@ struct Layout {
     key_step = of_tile.take(rounded ? kTile : 0);
     value_step = of_tile.take(rounded ? kPieces * columns : 0);
     tile_size = of_tile.size();
-    const std::int64_t tiles = (most_keys(p) + kTile - 1) / kTile;
+    const std::int64_t tiles = (longest_sequence(p.offsets_k, p.key.size[2]) + kTile - 1) / kTile;
     kept = tiles <= kMostTiles && tiles * tile_size <= kKeptElements;
     query = pieces.take(rows * dim);
     out = pieces.take(rows * columns);

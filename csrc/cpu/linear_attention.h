@@ -92,13 +92,7 @@ inline std::int64_t linear_sequences(const LinearAttentionParams& p) {
 
 // The keys of the longest sequence, in segments.
 inline std::int64_t most_segments(const LinearAttentionParams& p) {
-  std::int64_t longest = p.key.size[2];
-  if (p.offsets_k.data) {
-    const std::int64_t* at = p.offsets_k.as<std::int64_t>();
-    longest = 0;
-    for (std::int64_t s = 0; s < linear_sequences(p); ++s) longest = std::max(longest, at[s + 1] - at[s]);
-  }
-  return std::max<std::int64_t>(1, (longest + kSegment - 1) / kSegment);
+  return std::max<std::int64_t>(1, (longest_sequence(p.offsets_k, p.key.size[2]) + kSegment - 1) / kSegment);
 }
 
 // Whether a head's segments are worth sharing out: they cost the keys' features and sums twice. It moves no bit.

@@ -108,34 +108,16 @@ template <int M, int R, bool kVnni>
   }
 }
 
-template <int M, int R, bool kVnni>
-[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<std::int16_t>& piece,
+template <int M, int R, bool kVnni, class X>
+[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<X>& piece,
                                             const float (&scaled)[R * M][kScales], Vec<float> (&acc)[R * M]) {
-  const float* scale = scaled[0];
-  for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
-    ask<R>(w, line);
-#pragma GCC unroll 2
-    for (int i = 0; i < 64; i += Nibbles::kBytes, scale += Nibbles::kBytes / 16) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Nibbles a = nibbles(w.row<std::uint8_t>(r) + line + i);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const std::int16_t* const x = piece.x + m * piece.x_row + 2 * line + 2 * i;
-          Ints sum = products(a.part[0], words(x));
-#pragma GCC unroll 3
-          for (int j = 1; j < 4; ++j) sum = add_products<kVnni>(sum, a.part[j], words(x + j * Words::N));
-          acc[r * M + m] = add_scaled(sum, scale + (r * M + m) * kScales, acc[r * M + m]);
-        }
-      }
-    }
-  }
-}
-
-template <int M, int R, bool kVnni>
-[[gnu::always_inline]] inline void dot_int4(const Streams& w, const Piece<std::int8_t>& piece,
-                                            const float (&scaled)[R * M][kScales], Vec<float> (&acc)[R * M]) {
-  constexpr int kBytes = 4 * IntVec::N;
+  constexpr int kBytes = Nibbles::kBytes;
+  const auto weights = [](const std::uint8_t* p) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<X, std::int8_t>)
+      return nibble_bytes<kVnni>(p);
+    else
+      return nibbles(p);
+  };
   const float* scale = scaled[0];
   for (std::int64_t line = piece.begin; line < piece.end; line += 64) {
     ask<R>(w, line);
@@ -143,12 +125,10 @@ template <int M, int R, bool kVnni>
     for (int i = 0; i < 64; i += kBytes, scale += kBytes / 16) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        IntVec part[2];
-        nibble_bytes<kVnni>(w.row<std::uint8_t>(r) + line + i, part);
+        const auto a = weights(w.row<std::uint8_t>(r) + line + i);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          const std::int8_t* const x = piece.x + m * piece.x_row + 2 * line + 2 * i;
-          const Ints sum = dot_nibble_bytes<kVnni>(part, load_bytes(x), load_bytes(x + kBytes));
+          const Ints sum = dot_nibbles<kVnni>(a, piece.x + m * piece.x_row + 2 * line + 2 * i);
           acc[r * M + m] = add_scaled(sum, scale + (r * M + m) * kScales, acc[r * M + m]);
         }
       }

@@ -73,10 +73,6 @@ struct Nibbles {
 // of bytes in which neighbouring words of 32 bits have changed places.
 inline int nibble_at(int p, int i) { return (i / 2 % 2 == 1 ? 32 : 0) + 2 * (p >= 2 ? i ^ 2 : i) + p % 2; }
 
-// nibble_bytes: the same in two vectors of unsigned bytes, for x in 8 bits (`order_as_nibble_bytes`). Words of four
-// weights are of the first and of the second group by turns, part 0 as they lie, part 1 after words have changed
-// places. Without VNNI the second group is shifted down, since 16 times the weight would saturate.
-
 #if defined(__AVX512F__)
 
 struct IntVec {
@@ -85,7 +81,7 @@ struct IntVec {
   static IntVec zero() { return {_mm512_setzero_si512()}; }
 };
 inline IntVec load_pairs(const float* p) { return {_mm512_loadu_si512(p)}; }
-inline IntVec load_bytes(const std::int8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline IntVec load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 // Pairs of int16: a[i], rounded, and b[i].
 inline void store_pairs(float* p, Vec<float> a, Vec<float> b) {
   const __m512i low = _mm512_cvtps_epi32(a.v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(b.v), 16);
@@ -153,21 +149,11 @@ inline Nibbles nibbles(const std::uint8_t* p) {
            {_mm512_and_si512(swapped, by_turns)},
            {_mm512_and_si512(odd_swapped, by_turns)}}};
 }
-template <bool kVnni>
-inline void nibble_bytes(const std::uint8_t* p, IntVec (&part)[2]) {
-  __m512i x = _mm512_loadu_si512(p);
-  asm("" : "+v"(x));
-  const __m512i swapped = _mm512_shuffle_epi32(x, _MM_PERM_CDAB);
-  if constexpr (kVnni) {
-    const __m512i by_turns = _mm512_set1_epi64(static_cast<long long>(0xf0f0f0f00f0f0f0f));
-    part[0].v = _mm512_and_si512(x, by_turns);
-    part[1].v = _mm512_and_si512(swapped, by_turns);
-  } else {
-    const __m512i shift = _mm512_set1_epi64(std::int64_t{4} << 32), low = _mm512_set1_epi8(15);
-    part[0].v = _mm512_and_si512(_mm512_srlv_epi32(x, shift), low);
-    part[1].v = _mm512_and_si512(_mm512_srlv_epi32(swapped, shift), low);
-  }
-}
+// Bits of both; neighbouring words of 32 bits with places changed; words shifted by words; two words by turns.
+inline IntVec both(IntVec a, IntVec b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline IntVec swap_words(IntVec a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_CDAB)}; }
+inline IntVec shift_right(IntVec a, IntVec by) { return {_mm512_srlv_epi32(a.v, by.v)}; }
+inline IntVec repeat_words(std::int64_t two) { return {_mm512_set1_epi64(two)}; }
 inline Ints products(Words a, Words b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 // c + a by[2 b + i % 2] in lane i, of the block of 32 bytes b
 inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
@@ -187,7 +173,7 @@ struct IntVec {
   static IntVec zero() { return {_mm256_setzero_si256()}; }
 };
 inline IntVec load_pairs(const float* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-inline IntVec load_bytes(const std::int8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline IntVec load_bytes(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
 inline void store_pairs(float* p, Vec<float> a, Vec<float> b) {
   const __m256i low = _mm256_cvtps_epi32(a.v), high = _mm256_slli_epi32(_mm256_cvtps_epi32(b.v), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, high, 0xaa));
@@ -251,21 +237,10 @@ inline Nibbles nibbles(const std::uint8_t* p) {
            {_mm256_and_si256(swapped, by_turns)},
            {_mm256_and_si256(odd_swapped, by_turns)}}};
 }
-template <bool kVnni>
-inline void nibble_bytes(const std::uint8_t* p, IntVec (&part)[2]) {
-  __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  asm("" : "+x"(x));
-  const __m256i swapped = _mm256_shuffle_epi32(x, 0xb1);
-  if constexpr (kVnni) {
-    const __m256i by_turns = _mm256_set1_epi64x(static_cast<long long>(0xf0f0f0f00f0f0f0f));
-    part[0].v = _mm256_and_si256(x, by_turns);
-    part[1].v = _mm256_and_si256(swapped, by_turns);
-  } else {
-    const __m256i shift = _mm256_set1_epi64x(std::int64_t{4} << 32), low = _mm256_set1_epi8(15);
-    part[0].v = _mm256_and_si256(_mm256_srlv_epi32(x, shift), low);
-    part[1].v = _mm256_and_si256(_mm256_srlv_epi32(swapped, shift), low);
-  }
-}
+inline IntVec both(IntVec a, IntVec b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline IntVec swap_words(IntVec a) { return {_mm256_shuffle_epi32(a.v, 0xb1)}; }
+inline IntVec shift_right(IntVec a, IntVec by) { return {_mm256_srlv_epi32(a.v, by.v)}; }
+inline IntVec repeat_words(std::int64_t two) { return {_mm256_set1_epi64x(two)}; }
 inline Vec<float> add_scaled(Ints a, const float* by, Vec<float> c) {
   double two;
   std::memcpy(&two, by, sizeof two);
@@ -344,11 +319,40 @@ inline IntVec dot_pairs_of_bytes(IntVec a, IntVec b) { return {_mm256_maddubs_ep
 inline IntVec add_words(IntVec a, IntVec b) { return {_mm256_add_epi16(a.v, b.v)}; }
 inline IntVec sum_pairs(IntVec a) { return {_mm256_madd_epi16(a.v, _mm256_set1_epi16(1))}; }
 #endif
-// int32 lanes: products of both parts of nibble_bytes with x in their order, added up by fours
+// The weights of Nibbles in two vectors of unsigned bytes, for x in 8 bits (`order_as_nibble_bytes`): words of four
+// weights are of the first and of the second group by turns, part 0 as they lie, part 1 after words have changed
+// places. Without VNNI the second group is shifted down, since 16 times the weight would saturate.
 template <bool kVnni>
-[[gnu::always_inline]] inline Ints dot_nibble_bytes(const IntVec (&part)[2], IntVec x, IntVec y) {
-  if constexpr (kVnni) return {add_dot_bytes<true>(add_dot_bytes<true>(IntVec::zero(), part[0], x), part[1], y).v};
-  return {sum_pairs(add_words(dot_pairs_of_bytes(part[0], x), dot_pairs_of_bytes(part[1], y))).v};
+struct NibbleBytes {
+  static constexpr int kBytes = Nibbles::kBytes;
+  IntVec part[2];
+};
+template <bool kVnni>
+[[gnu::always_inline]] inline NibbleBytes<kVnni> nibble_bytes(const std::uint8_t* p) {
+  IntVec x = load_bytes(p);
+  asm("" : "+v"(x.v));  // loaded once, not by each that reads it
+  const IntVec swapped = swap_words(x);
+  if constexpr (kVnni) {
+    const IntVec by_turns = repeat_words(static_cast<std::int64_t>(0xf0f0f0f00f0f0f0f));
+    return {{both(x, by_turns), both(swapped, by_turns)}};
+  }
+  const IntVec shift = repeat_words(std::int64_t{4} << 32), low = repeat_byte(15);
+  return {{both(shift_right(x, shift), low), both(shift_right(swapped, shift), low)}};
+}
+// int32 lanes: products with x in the order of the weights, added up by twos or fours
+template <bool kVnni>
+[[gnu::always_inline]] inline Ints dot_nibbles(const Nibbles& a, const std::int16_t* x) {
+  Ints sum = products(a.part[0], words(x));
+#pragma GCC unroll 3
+  for (int j = 1; j < 4; ++j) sum = add_products<kVnni>(sum, a.part[j], words(x + j * Words::N));
+  return sum;
+}
+template <bool kVnni>
+[[gnu::always_inline]] inline Ints dot_nibbles(const NibbleBytes<kVnni>& a, const std::int8_t* x) {
+  const IntVec x0 = load_bytes(x), x1 = load_bytes(x + NibbleBytes<kVnni>::kBytes);
+  if constexpr (kVnni)
+    return {add_dot_bytes<true>(add_dot_bytes<true>(IntVec::zero(), a.part[0], x0), a.part[1], x1).v};
+  return {sum_pairs(add_words(dot_pairs_of_bytes(a.part[0], x0), dot_pairs_of_bytes(a.part[1], x1))).v};
 }
 // A block of 64 numbers as bytes in the order of nibble_bytes.
 inline void order_as_nibble_bytes(const std::int16_t* q, std::int8_t* part0, std::int8_t* part1) {
