@@ -113,19 +113,20 @@ def packed_linear(
         residual: y's shape in x's dtype, or None.
         precision: as of `torch.set_float32_matmul_precision`. "medium" lets both factors be rounded where the CPU then
             multiplies faster: with more than 16, 32 or 64 rows, of "int4" with any number. "fp32" and "bf16": to
-            integers of 12 bits and a sign, a scale for each 128 (AVX2, or AVX-512 with VNNI); "bf16" on AMD with
-            AVX512_BF16 x to bfloat16. "int8" (VNNI) and "int4": x to 8 bits, a scale for each 128 ("int4" and few rows:
-            for each 32). "int8" without VNNI: x to 128 levels from the least to the largest of each 128. With AMX and
-            more than 16 rows all but "fp32": x and W to bfloat16. Elsewhere it is "highest".
+            integers of 12 bits and a sign, a scale for each 128 (AVX2, or AVX-512 with VNNI); "bf16" with AMX, or on
+            AMD with AVX512_BF16, x to bfloat16. "int8" (VNNI, AMX) and "int4": x to 8 bits, a scale for each 128
+            ("int4" and few rows: for each 32), and W of "int4" again to 8 bits with AMX, or VNNI and more than 128
+            rows. "int8" without VNNI: x to 128 levels from the least to the largest of each 128. Elsewhere it is
+            "highest".
 
     Returns:
         (..., out_features) in x's dtype, half of them with "swiglu". Sums, activation and residual are in float32 and
         rounded once. With "int8" and "int4" weights the kernels round x to 16-bit integers, a scale for each 128 of
         them: at most 1/65534 of the largest of the 128. With "int4" and more than 16 or 48 rows both factors are
         rounded, x to 1/16382 and W to 1/4094 of the largest of the 128. With "medium", where it acts: "fp32" and "bf16"
-        x and W to 1/8190 of the largest of the 128, a fifth of the error of x in bfloat16; "int8" and "int4" x to
-        1/254, W not; "int8" without VNNI x to 1/254 of the difference between the largest and the least of the 128;
-        with AMX each number to 1/256 of itself.
+        x and W to 1/8190 of the largest of the 128, a fifth of the error of x in bfloat16, which is 1/256 of each
+        number; "int8" and "int4" x to 1/254, as W of "int4" where it is rounded; "int8" without VNNI x to 1/254 of the
+        difference between the largest and the least of the 128.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape; the message names it.

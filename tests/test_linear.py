@@ -8,9 +8,9 @@ product is then at most, with dx and dw half the steps (`rounding_of_factors`):
                                            dx = max|x| / 16382, dw = max|W| / 4094    "int4" for many rows
 
 With precision="medium" and many rows, of "int4" any: dx = max|x| / 8190, dw = max|W| / 8190 with "fp32" and "bf16", or
-dx = |x| / 256 and dw = 0 with "bf16" on AMD with AVX512_BF16; dx = max|x| / 254 and dw = 0 with "int8" and "int4", but
-with "int8" without VNNI dx = (max x - min x) / 254, where zeros fill up the last 128.
-With AMX and many rows, but for "fp32", dx = |x| / 256, and dw = |W| / 256 or, with "bf16", 0.
+dx = |x| / 256 and dw = 0 with "bf16" on AMD with AVX512_BF16 or with AMX; dx = max|x| / 254 and dw = 0 with "int8" and
+"int4", but with "int8" without VNNI dx = (max x - min x) / 254, where zeros fill up the last 128, and with "int4" and
+AMX, or VNNI and more than 128 rows, dw = max|W| / 254, the maximum being of what the 128 could be.
 """
 
 import os
@@ -41,7 +41,7 @@ SHAPES = [
     *((70, k, 33) for k in (1, 3, 8, 31, 129, 255, 256, 257, 511, 513, 700)),
     *((70, 130, n) for n in (1, 7, 8, 15, 16, 17, 31, 32, 63, 65, 127, 129, 160, 300)),
     (1, 2177, 300), (2, 2177, 140), (5, 2300, 70), (1, 8333, 70), (3, 8200, 5), (16, 130, 150),
-    (0, 8, 4), (3, 8, 0), (3, 0, 4), (530, 70, 20),
+    (0, 8, 4), (3, 8, 0), (3, 0, 4), (530, 70, 20), (140, 300, 70), (177, 513, 40), (1050, 140, 20),
 ]  # fmt: skip
 
 
@@ -77,19 +77,23 @@ def has_vnni():
 
 
 def has_amx():
-    """Whether the backend in use multiplies registers of bfloat16 numbers."""
+    """Whether the backend in use multiplies registers of bfloat16 numbers and bytes."""
     return AMX and backend_in_use() == "cpu_avx512"
 
 
-def rounding_of_factors(x, weight, format, precision):
+def largest_of_int4(packed):
+    """For each weight the largest magnitude that any of its 128 could have, by scales and minima of their groups."""
+    scale, minimum = packed.scale.double(), packed.minimum.double()
+    most = torch.maximum(minimum.abs(), (minimum + 15 * scale).abs()).unflatten(-1, (-1, 4)).amax(-1)
+    return most.repeat_interleave(128, -1)[:, : packed.in_features]
+
+
+def rounding_of_factors(x, packed, precision):
     """The bound of the docstring, (M, N)."""
-    x, weight = x.double(), weight.double()
+    x, weight, format = x.double(), packed.dequantize().double(), packed.format
     few = x.shape[0] <= FEW_ROWS
     medium = precision == "medium" and (not few or (format == "int4" and backend_in_use() != "reference"))
-    if medium and not few and format != "fp32" and has_amx():
-        dx, dw = x.abs() / 256, weight.abs() / (torch.inf if format == "bf16" else 256)
-        return dx @ weight.abs().T + (x.abs() + dx) @ dw.T
-    if medium and format == "bf16" and has_bf16_dots():
+    if medium and format == "bf16" and (has_bf16_dots() or has_amx()):
         return (x.abs() / 256) @ weight.abs().T
     if (format in ("fp32", "bf16") and not medium) or not x.numel() or not weight.numel():
         return torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
@@ -98,6 +102,8 @@ def rounding_of_factors(x, weight, format, precision):
         x_step, w_step = (1 / 254, 0.0) if format in ("int8", "int4") else (1 / 8190, 1 / 8190)
     ranged = medium and format == "int8" and not has_vnni()
     dx, dw = (group_range(x) if ranged else group_maximum(x)) * x_step, group_maximum(weight) * w_step
+    if medium and not few and format == "int4" and (has_amx() or (has_vnni() and x.shape[0] > 128)):
+        dw = largest_of_int4(packed) / 254
     return dx @ weight.abs().T + (x.abs() + dx) @ dw.T
 
 
@@ -106,7 +112,7 @@ def check(x, packed, ours, bias=None, precision="highest"):
     dense = packed.dequantize()
     exact = x.double() @ dense.double().T + (0 if bias is None else bias.double())
     plain = x @ dense.to(x.dtype).T + (0 if bias is None else bias.to(x.dtype))
-    allowed = rounding_of_factors(x, dense, packed.format, precision)
+    allowed = rounding_of_factors(x, packed, precision)
     within = exact + (ours.double() - exact).clamp(-allowed, allowed)  # the closest value that rounding explains
     largest = (x.double().norm(dim=-1).max() * dense.double().norm(dim=-1).max()).item() if exact.numel() else 0.0
     assert_close("y", ours, within, plain, x.shape[-1], largest=largest if x.dtype == torch.float32 else 0.0)

@@ -109,10 +109,10 @@ void with_product(const PackedLinearParams& p, const F& f) {
   if (multiplies_halves(p)) return f(Halves{}, k);
 #endif
   const bool rounded = is_quantized(p) && p.rounded, fours = rounded && p.weight.dtype == DType::u8;
-  if (has_vnni())
-    fours ? f(Fours<true>{}, blocks) : rounded ? f(Bytes{}, blocks) : f(Integers<true>{}, blocks);
-  else
-    fours ? f(Fours<false>{}, blocks) : rounded ? f(Sevens{}, blocks) : f(Integers<false>{}, blocks);
+  if (!has_vnni())
+    return fours ? f(Fours<false>{}, blocks) : rounded ? f(Sevens{}, blocks) : f(Integers<false>{}, blocks);
+  if (fours && p.x.size[0] <= kFoursRows) return f(Fours<true>{}, blocks);
+  rounded ? f(Bytes{}, blocks) : f(Integers<true>{}, blocks);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_tiles.h"
-#include "vec_linear.h"
+#include "vec_nibbles.h"
 
 namespace qvl::cpu {
 
@@ -91,16 +91,40 @@ void transpose_words(const float (*rows)[kWords], std::int64_t count, float* to,
   }
 }
 
-// kBlock int8 weights from k on of `width` rows of W, of which there are `outputs` from `first` on or the last is
-// repeated: words of four to a panel [kBlock / 4][width], and their scales.
+// kBlock int8 or int4 weights of a row of W from k on as bytes, `second64` being where the last 64 go; returns their
+// scale. int4 weights are rounded again, with one step for their four groups: 1 / 127 of the largest of the 64 numbers
+// that they can be.
+inline float bytes_of_row(const PackedLinearParams& p, std::int64_t n, std::int64_t k, std::int8_t* first64,
+                          std::int8_t* second64) {
+  using V = Vec<float>;
+  if (p.weight.dtype == DType::i8) {
+    const std::int8_t* const w = p.weight.as<std::int8_t>() + n * p.weight.size[1] + k;
+    std::memcpy(first64, w, kBlock / 2);
+    std::memcpy(second64, w + kBlock / 2, kBlock / 2);
+    return bf16_at(p.scale, n * p.scale.size[1] + k / kBlock);
+  }
+  constexpr int kGroup = 32, kGroups = kBlock / kGroup;
+  const std::int64_t group = n * p.scale.size[1] + k / kGroup;
+  const V scale = load(p.scale.as<bf16>() + group, kGroups), minimum = load(p.minimum.as<bf16>() + group, kGroups);
+  const V end = fma(scale, V(15.0f), minimum);
+  const float most = largest(max(max(minimum, V::zero() - minimum), max(end, V::zero() - end)));
+  const V inverse(most > 1e-30f ? 127.0f / most : 0.0f);
+  float scales[V::N], minima[V::N];
+  store(scales, scale * inverse), store(minima, minimum * inverse);
+  nibbles_as_bytes(p.weight.as<std::uint8_t>() + n * p.weight.size[1] + k / 2, scales, minima, first64, second64);
+  return most / 127.0f;
+}
+
+// kBlock weights from k on of `width` rows of W, of which there are `outputs` from `first` on or the last is repeated:
+// words of four to a panel [kBlock / 4][width], and their scales.
 inline void fill_bytes(const PackedLinearParams& p, std::int64_t first, std::int64_t outputs, std::int64_t k, int width,
                        float* panel, float* scales) {
   float words[8][kBlock / 4];
   for (int j = 0; j < width; j += 8) {
     for (int i = 0; i < 8; ++i) {
       const std::int64_t n = first + std::min<std::int64_t>(j + i, outputs - 1);
-      std::memcpy(words[i], p.weight.as<std::int8_t>() + n * p.weight.size[1] + k, kBlock);
-      scales[j + i] = bf16_at(p.scale, n * p.scale.size[1] + k / kBlock);
+      std::int8_t* const bytes = reinterpret_cast<std::int8_t*>(words[i]);
+      scales[j + i] = bytes_of_row(p, n, k, bytes, bytes + kBlock / 2);
     }
     transpose_words(words, kBlock / 4, panel + j, width);
   }

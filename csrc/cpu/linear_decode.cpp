@@ -193,7 +193,7 @@ struct Product {
   }
 };
 
-// A block of x in the order of int4's parts (vec_linear.h), and what its groups need.
+// A block of x in the order of int4's parts (vec_nibbles.h), and what its groups need.
 void order_as_nibbles(const std::int16_t* q, float step, std::int16_t* to, float* steps, float* sums) {
   constexpr int kTogether = Words::N / 16;  // blocks of 64 that are multiplied at once
   for (int block = 0; block < kBlock / 64; ++block, q += 64) {

@@ -7,7 +7,8 @@
 //            x in bfloat16 loses nothing
 //   Bytes    int8 weights as they are, x as 8 bits with a step for each 128: `vpdpbusd` of VNNI, 64 products an
 //            instruction, 32 on AVX2. One factor has to be unsigned: x + 128, and the sums start at -128 times the sum
-//            of the panel's weights
+//            of the panel's weights. int4 weights of more than kFoursRows rows, rounded to 8 bits again: what the
+//            scales and minima of each 32 cost `Fours` is then more than rounding
 //   Fours    int4 weights as they are, as unsigned bytes, x as in Bytes: `vpdpbusd`, or on every AVX2 `vpmaddubsw`: two
 //            products of 15 and 127 can be added eight times in 16 bits before `vpmaddwd` widens them, and that is a
 //            group of 32 weights, whose scale follows. 18 instructions for 256 products, against 32 of `Integers`. The
@@ -23,6 +24,8 @@
 #include "linear.h"
 
 namespace qvl::cpu {
+
+constexpr std::int64_t kFoursRows = 128;  // with VNNI
 
 // Products of unsigned 4-bit numbers with bytes. A float stands for four of them.
 template <bool kVnni>

@@ -3,10 +3,11 @@
 //
 //   dot_halves<C, A, B>   C[i][j] += sum over k < 32 of A[i][k] B[j][k], bfloat16 in, float32 out; numbers below 2^-126
 //                         count as zero. A has 16 rows of 32 numbers; B has its numbers in pairs along k, [k / 2][j][2]
+//   dot_bytes<C, A, B>    the same of 64 signed bytes, int32 out; B has its numbers in fours, [k / 4][j][4]
 //
-// A product takes 16 cycles for 16384 FLOPs, 16 times what two FMAs of 512 bits do in that time, and 8 cycles pass
-// before a register that was loaded from L1 can be followed by the next load. So operands should be loaded once for two
-// products: 2 x 2 registers of sums, two of A and two of B.
+// A product takes 16 cycles for 16384 FLOPs (32768 of bytes), 16 times what two FMAs of 512 bits do in that time, and 8
+// cycles pass before a register that was loaded from L1 can be followed by the next load. So operands should be loaded
+// once for two products: 2 x 2 registers of sums, two of A and two of B.
 //
 // The registers have no meaning until `Tiles` exists on the thread, and cost a context switch 8 KiB while it does. It
 // also makes the thread's other arithmetic count numbers below 2^-126 as zero, as the products do: without, an
@@ -28,14 +29,14 @@ namespace qvl {
 
 constexpr int kTileRows = 16, kTileBytes = 64, kTileHalves = 32;  // kTileHalves: bfloat16 numbers of a row
 
-// Whether the CPU has AMX for bfloat16 and the system lets this process use it (Linux gives the registers to who asks:
-// arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)). QVL_AMX=0 says no.
+// Whether the CPU has AMX for bfloat16 and bytes (all have both) and the system lets this process use it (Linux gives
+// the registers to who asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)). QVL_AMX=0 says no.
 inline bool has_amx() {
   static const bool use = [] {
     const char* const wanted = std::getenv("QVL_AMX");
     if (wanted != nullptr && wanted[0] == '0') return false;
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+           __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }();
   return use;
 }
@@ -80,6 +81,10 @@ template <int kTile>
 template <int kC, int kA, int kB>
 [[gnu::always_inline]] inline void dot_halves() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+template <int kC, int kA, int kB>
+[[gnu::always_inline]] inline void dot_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 
 // 2^x with a relative error below 7.5e-5, a 26th of bfloat16's rounding, where `Tiles` exists: inf from 128 on, 0 below

@@ -1,5 +1,5 @@
-// The intrinsics of integer products, beside vec.h, for the linear kernels and int8 caches, and weights from their
-// bytes.
+// The intrinsics of integer products, beside vec.h, for the linear kernels and int8 caches (vec_nibbles.h: int4
+// weights).
 //
 //   Words, Ints   int16 and int32 in vectors of the ISA's width (vec.h), for few rows of x
 //   IntVec        the same for the register tile, where GCC needs help to keep them in registers
@@ -60,18 +60,6 @@ inline Vec<float> to_float(Ints a) { return _mm256_cvtepi32_ps(a.v); }
 
 // Asks for a cache line. In assembly, since GCC drops the calls of a function that does nothing else.
 inline void prefetch_line(const void* p) { asm volatile("prefetcht0 %a0" : : "p"(p)); }
-
-// One (AVX2) or two blocks of 64 int4 weights, 32 bytes each, in four times as many 16-bit integers. Pairs of them are
-// by turns of the first group, the low halves of the bytes, and of the second, the high halves, which are 16 times the
-// weight; so products of all four with x in the same order (`nibble_at`) can be added, and sums of both groups
-// alternate in what comes out.
-struct Nibbles {
-  static constexpr int kBytes = 2 * Words::N;
-  Words part[4];
-};
-// Which weight of a block part[p] has at i. Parts 0 and 1 are made of the even and the odd bytes as they lie, 2 and 3
-// of bytes in which neighbouring words of 32 bits have changed places.
-inline int nibble_at(int p, int i) { return (i / 2 % 2 == 1 ? 32 : 0) + 2 * (p >= 2 ? i ^ 2 : i) + p % 2; }
 
 #if defined(__AVX512F__)
 
@@ -137,17 +125,6 @@ template <bool kVnni>
 template <bool kVnni>
 [[gnu::always_inline]] inline Ints add_products(Ints acc, Words a, Words b) {
   return {add_dot_pairs<kVnni>(IntVec{acc.v}, IntVec{a.v}, IntVec{b.v}).v};
-}
-inline Nibbles nibbles(const std::uint8_t* p) {
-  __m512i x = _mm512_loadu_si512(p);
-  asm("" : "+v"(x));  // loaded once, not by each that reads it
-  const __m512i odd = _mm512_srli_epi16(x, 8), by_turns = _mm512_set1_epi64(0x00f000f0000f000f);
-  const __m512i swapped = _mm512_shuffle_epi32(x, _MM_PERM_CDAB),
-                odd_swapped = _mm512_shuffle_epi32(odd, _MM_PERM_CDAB);
-  return {{{_mm512_and_si512(x, by_turns)},
-           {_mm512_and_si512(odd, by_turns)},
-           {_mm512_and_si512(swapped, by_turns)},
-           {_mm512_and_si512(odd_swapped, by_turns)}}};
 }
 // Bits of both; neighbouring words of 32 bits with places changed; words shifted by words; two words by turns.
 inline IntVec both(IntVec a, IntVec b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -227,16 +204,6 @@ inline Ints add_products(Ints acc, Words a, Words b) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products(a, b).v));
   return {sum};
 }
-inline Nibbles nibbles(const std::uint8_t* p) {
-  __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  asm("" : "+x"(x));
-  const __m256i odd = _mm256_srli_epi16(x, 8), by_turns = _mm256_set1_epi64x(0x00f000f0000f000f);
-  const __m256i swapped = _mm256_shuffle_epi32(x, 0xb1), odd_swapped = _mm256_shuffle_epi32(odd, 0xb1);
-  return {{{_mm256_and_si256(x, by_turns)},
-           {_mm256_and_si256(odd, by_turns)},
-           {_mm256_and_si256(swapped, by_turns)},
-           {_mm256_and_si256(odd_swapped, by_turns)}}};
-}
 inline IntVec both(IntVec a, IntVec b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline IntVec swap_words(IntVec a) { return {_mm256_shuffle_epi32(a.v, 0xb1)}; }
 inline IntVec shift_right(IntVec a, IntVec by) { return {_mm256_srlv_epi32(a.v, by.v)}; }
@@ -289,12 +256,13 @@ inline void eight_sums(const Ints (&a)[8], float* to) {
   _mm256_storeu_ps(to, _mm256_cvtepi32_ps(eight));
 }
 
-// 64 int4 weights, 32 bytes, one a byte: first the low halves, then the high ones.
-inline void split_nibbles(const std::uint8_t* p, float* to) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), low = _mm256_set1_epi8(15);
-  __m256i* const halves = reinterpret_cast<__m256i*>(to);
-  _mm256_storeu_si256(halves, _mm256_and_si256(x, low));
-  _mm256_storeu_si256(halves + 1, _mm256_and_si256(_mm256_srli_epi16(x, 4), low));
+// n integers that fit, in whole vectors of 32.
+inline void narrow(const std::int16_t* q, std::int64_t n, std::int8_t* to) {
+  for (std::int64_t i = 0; i < n; i += 32) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(q + i);
+    const __m256i bytes = _mm256_packs_epi16(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(bytes, 0xd8));
+  }
 }
 // int16 lanes: acc + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], unsigned bytes of a with signed ones of b. In assembly for
 // the reason of add_dot_pairs.
@@ -319,62 +287,8 @@ inline IntVec dot_pairs_of_bytes(IntVec a, IntVec b) { return {_mm256_maddubs_ep
 inline IntVec add_words(IntVec a, IntVec b) { return {_mm256_add_epi16(a.v, b.v)}; }
 inline IntVec sum_pairs(IntVec a) { return {_mm256_madd_epi16(a.v, _mm256_set1_epi16(1))}; }
 #endif
-// The weights of Nibbles in two vectors of unsigned bytes, for x in 8 bits (`order_as_nibble_bytes`): words of four
-// weights are of the first and of the second group by turns, part 0 as they lie, part 1 after words have changed
-// places. Without VNNI the second group is shifted down, since 16 times the weight would saturate.
-template <bool kVnni>
-struct NibbleBytes {
-  static constexpr int kBytes = Nibbles::kBytes;
-  IntVec part[2];
-};
-template <bool kVnni>
-[[gnu::always_inline]] inline NibbleBytes<kVnni> nibble_bytes(const std::uint8_t* p) {
-  IntVec x = load_bytes(p);
-  asm("" : "+v"(x.v));  // loaded once, not by each that reads it
-  const IntVec swapped = swap_words(x);
-  if constexpr (kVnni) {
-    const IntVec by_turns = repeat_words(static_cast<std::int64_t>(0xf0f0f0f00f0f0f0f));
-    return {{both(x, by_turns), both(swapped, by_turns)}};
-  }
-  const IntVec shift = repeat_words(std::int64_t{4} << 32), low = repeat_byte(15);
-  return {{both(shift_right(x, shift), low), both(shift_right(swapped, shift), low)}};
-}
-// int32 lanes: products with x in the order of the weights, added up by twos or fours
-template <bool kVnni>
-[[gnu::always_inline]] inline Ints dot_nibbles(const Nibbles& a, const std::int16_t* x) {
-  Ints sum = products(a.part[0], words(x));
-#pragma GCC unroll 3
-  for (int j = 1; j < 4; ++j) sum = add_products<kVnni>(sum, a.part[j], words(x + j * Words::N));
-  return sum;
-}
-template <bool kVnni>
-[[gnu::always_inline]] inline Ints dot_nibbles(const NibbleBytes<kVnni>& a, const std::int8_t* x) {
-  const IntVec x0 = load_bytes(x), x1 = load_bytes(x + NibbleBytes<kVnni>::kBytes);
-  if constexpr (kVnni)
-    return {add_dot_bytes<true>(add_dot_bytes<true>(IntVec::zero(), a.part[0], x0), a.part[1], x1).v};
-  return {sum_pairs(add_words(dot_pairs_of_bytes(a.part[0], x0), dot_pairs_of_bytes(a.part[1], x1))).v};
-}
-// A block of 64 numbers as bytes in the order of nibble_bytes.
-inline void order_as_nibble_bytes(const std::int16_t* q, std::int8_t* part0, std::int8_t* part1) {
-  const auto bytes = [&](int i) __attribute__((always_inline)) {
-    const __m256i* const from = reinterpret_cast<const __m256i*>(q + i);
-    return _mm256_permute4x64_epi64(_mm256_packs_epi16(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)), 0xd8);
-  };
-  const __m256i first = bytes(0), second = bytes(32);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(part0), _mm256_blend_epi32(first, second, 0xaa));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(part1),
-                      _mm256_shuffle_epi32(_mm256_blend_epi32(second, first, 0xaa), 0xb1));
-}
 // Tells the compiler that it has changed.
 inline void keep(IntVec& a) { asm volatile("" : "+x"(a.v)); }
-
-// The low or the high halves of as many bytes as a Vec<float> has lanes.
-inline Vec<float> low_halves(const std::uint8_t* p) {
-  return from_bytes(_mm_and_si128(load_lanes(p), _mm_set1_epi8(15)));
-}
-inline Vec<float> high_halves(const std::uint8_t* p) {
-  return from_bytes(_mm_and_si128(_mm_srli_epi16(load_lanes(p), 4), _mm_set1_epi8(15)));
-}
 
 // n floats, in whole vectors with zeros behind them, as integers of at most `limit`: q[i] step is x[i] within half a
 // step. Returns the step, the largest magnitude / limit; NaN, and with it every product, where a number is not finite.
