@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import Qwen3VLConfig
 from .files import write_then_rename
-from .memory import available_memory, parse_bytes, pick_device
+from .memory import available_memory, keep_freed, parse_bytes, pick_device
 from .planning import FORMATS, choose
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def load_pretrained(
             them: "medium", or "highest" for factors that are rounded as little as the format allows.
 
     The model is complete or there is none; `model.plan` says what was chosen. Parameters whose dtype is the stored one
-    are mapped, not copied.
+    are mapped, not copied. On the CPU the process keeps some of the memory that it frees (`memory.keep_freed`).
 
     Raises:
         FileNotFoundError: no such folder, file, shard, or hub repository.
@@ -311,6 +311,8 @@ def load_pretrained(
         model.tie_weights()
         if quantised:
             pack_model(model, plan.weights)
+    if target.type == "cpu":
+        keep_freed()
     set_precision(model, precision)
     model.model.visual.rows = plan.image_rows
     model.plan = plan

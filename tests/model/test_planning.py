@@ -1,6 +1,9 @@
 """Plans: predicted bytes against the tensors there are, what is chosen for little memory, weights that come and go."""
 
+import ctypes
 import mmap
+import os
+import subprocess
 import sys
 
 import pytest
@@ -175,6 +178,35 @@ def test_pages_that_were_only_read_are_unmapped(tmp_path):
     memory.unmap_read_pages(table)
     assert resident_pages(table) > 100
     assert table[70_000] == -1
+
+
+FAULTS_OF_ALLOCATIONS = """
+import resource, torch
+from qvl_model import memory
+memory.keep_freed()
+for turn in range(8):  # glibc finds places for aligned blocks after a few turns
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(5 << 20) for _ in range(6)]  # 120 MiB, 30720 pages
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+for give_back in (lambda: None, memory.give_back_freed):
+    give_back()
+    print(open("/proc/self/statm").read().split()[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    def faults_and_resident_pages(**environment):
+        run = [sys.executable, "-c", FAULTS_OF_ALLOCATIONS]
+        done = subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return [int(number) for number in done.stdout.split()]
+
+    faults, kept, given_back = faults_and_resident_pages()
+    assert faults < 1_000
+    assert kept - given_back > 30_000
+    faults, *_ = faults_and_resident_pages(MALLOC_TRIM_THRESHOLD_="131072")  # what the user says goes before
+    assert faults > 20_000
 
 
 @pytest.mark.parametrize("tensor", [torch.arange(10_000), torch.arange(3), torch.arange(0)])
