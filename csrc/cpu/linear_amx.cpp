@@ -17,9 +17,8 @@ struct Plan {
   std::int64_t depth, rows, outputs, blocks, strips, shared, own;
 
   explicit Plan(const PackedLinearParams& p) : depth(p.x.size[1]), rows(p.x.size[0]), outputs(p.y.size[1]) {
-    const std::int64_t all = (rows + kRows - 1) / kRows,
-                       most = P::kStripFloats * kTileHalves / P::kUnit > 512 ? 16 : 32;
-    blocks = std::max<std::int64_t>(1, (all + most - 1) / most);
+    const std::int64_t all = (rows + kRows - 1) / kRows;
+    blocks = std::max<std::int64_t>(1, (all + P::kStrips - 1) / P::kStrips);
     strips = (all + blocks - 1) / blocks;
     shared = strips * P::kStripFloats * units_of(depth);
     own = P::kOwnFloats + panel_floats() + strips * kRows * kOutputs;

@@ -27,6 +27,7 @@ using Sums = float* [2][2];
 template <int kParts>
 struct AmxHalves {
   static constexpr std::int64_t kDepth = 256, kUnit = kTileHalves;  // along K: of a panel, of a unit
+  static constexpr std::int64_t kStrips = kParts == 1 ? 32 : 16;    // of a block, at most
   static constexpr std::int64_t kStripFloats = kParts * kPairFloats, kPanelFloats = kPairFloats, kOwnFloats = 0;
 
   explicit AmxHalves(float*) {}
@@ -119,7 +120,7 @@ struct AmxHalves {
 
 class AmxBytes {
  public:
-  static constexpr std::int64_t kDepth = 256, kUnit = kBlock, kSteps = kUnit / kTileBytes;
+  static constexpr std::int64_t kDepth = 256, kUnit = kBlock, kSteps = kUnit / kTileBytes, kStrips = 32;
   static constexpr std::int64_t kScales = kSteps * kPairFloats;  // of a unit: where those of its 32 rows are
   static constexpr std::int64_t kStripFloats = kScales + 2 * kTileRows, kPanelFloats = kStripFloats;
   static constexpr std::int64_t kOwnFloats = 8 * kTileFloats;  // integer sums of two units
