@@ -12,9 +12,9 @@
 //   task    kOutputs outputs of all strips: their sums, [16 outputs][16 rows] at a time, stay in L2 over all of K, are
 //           then transposed, and finish as in linear.cpp
 //
-// What is slow where the host is busy (measured, in phases of seconds): with another thread at work on the core a load
-// of a register takes 32 cycles instead of 8 and a product 42 instead of 16, one after the other; so their number
-// decides, of which bytes need half.
+// On a shared host there are phases of seconds, probably those of work on the core's other thread, in which a load of a
+// register takes 32 cycles instead of 8 and a product 42 instead of 16, one after the other (measured); then their
+// number decides, of which bytes need half.
 #pragma once
 
 #include "linear.h"
