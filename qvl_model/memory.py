@@ -24,6 +24,14 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None
+
+
 def keep_freed() -> None:
     """Lets glibc keep 256 MiB of what is freed, in blocks of up to 32 MiB, for what is allocated next, until
     `give_back_freed`. Left alone, it gives them back to the system after every layer and has to ask for each page anew,
@@ -31,7 +39,7 @@ def keep_freed() -> None:
     MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ goes before. Elsewhere than on Linux with glibc nothing happens."""
     if os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}:
         return
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if (libc := glibc()) is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(trim_threshold, 256 << 20)
         libc.mallopt(mmap_threshold, 32 << 20)
@@ -41,7 +49,7 @@ def give_back_freed() -> None:
     """Gives the system what was freed and what the C library keeps for the next time: after a long prompt or a large
     picture some 50 MB, after a cache of 4096 tokens 200 MB, in a few milliseconds. Elsewhere than on Linux with glibc
     nothing happens."""
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if (libc := glibc()) is not None:
         libc.malloc_trim(0)
 
 

@@ -24,9 +24,6 @@ constexpr int kSums = kSide * kSide;                      // elements of a produ
 constexpr int kRegister = kTileRows * kTileRows;          // elements of a register of sums
 constexpr std::int64_t kSumsRow = kSide * sizeof(float);  // bytes, where rows of a product are whole
 
-[[gnu::always_inline]] inline void clear_sums() {
-  clear_tile_register<0>(), clear_tile_register<1>(), clear_tile_register<2>(), clear_tile_register<3>();
-}
 // Sums as four registers, one behind the other.
 [[gnu::always_inline]] inline void load_sums(const float* from) {
   load_tile_register<0>(from), load_tile_register<1>(from + kRegister);

@@ -95,7 +95,7 @@ struct AmxHalves {
   [[gnu::noinline]] static void multiply(const float* panel, const float* strip, std::int64_t units, bool first,
                                          const Sums& sums) {
     if (first) {
-      clear_tile_register<0>(), clear_tile_register<1>(), clear_tile_register<2>(), clear_tile_register<3>();
+      clear_sums();
     } else {
       load_tile_register<0>(sums[0][0]), load_tile_register<2>(sums[1][0]);
       if constexpr (kWhole) load_tile_register<1>(sums[0][1]), load_tile_register<3>(sums[1][1]);
@@ -210,7 +210,7 @@ class AmxBytes {
       after(Number<2>{});
       scale_in(Number<slot + 3>{});
     };
-    clear_tile_register<0>(), clear_tile_register<1>(), clear_tile_register<2>(), clear_tile_register<3>();
+    clear_sums();
     step(Number<0>{}, [](auto) {});
     step(Number<1>{}, [&](auto tile) __attribute__((always_inline)) {
       if constexpr (kWhole || tile % 2 == 0) store_tile_register<tile>(ints + tile * kTileFloats);

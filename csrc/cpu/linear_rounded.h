@@ -48,8 +48,7 @@ struct Fours {
       for (int r = 0; r < kStrip; ++r) {
         const float step = quantize_x<T>(p, first + r, k, kMost, integers);
         strip[steps_at(depth) + k / kBlock * kStrip + r] = step;
-        std::int8_t* const to = reinterpret_cast<std::int8_t*>(words[r]);
-        for (int i = 0; i < kBlock; ++i) to[i] = static_cast<std::int8_t>(integers[i]);
+        narrow(integers, kBlock, reinterpret_cast<std::int8_t*>(words[r]));
         for (int g = 0; g < kGroups; ++g) {
           const int sum = std::accumulate(integers + g * kGroup, integers + (g + 1) * kGroup, 0);
           strip[sums_at(depth) + (k / kGroup + g) * kStrip + r] = step * static_cast<float>(sum);

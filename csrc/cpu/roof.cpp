@@ -75,7 +75,7 @@ float amx_steps(std::int64_t steps) {
   const Tiles tiles;
   load_tile_register<4>(kZeros), load_tile_register<5>(kZeros);
   load_tile_register<6>(kZeros), load_tile_register<7>(kZeros);
-  clear_tile_register<0>(), clear_tile_register<1>(), clear_tile_register<2>(), clear_tile_register<3>();
+  clear_sums();
   for (std::int64_t i = 0; i < steps; ++i) {
     dot_halves<0, 4, 6>();
     dot_halves<1, 4, 7>();

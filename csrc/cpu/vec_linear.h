@@ -256,13 +256,13 @@ inline void eight_sums(const Ints (&a)[8], float* to) {
   _mm256_storeu_ps(to, _mm256_cvtepi32_ps(eight));
 }
 
-// n integers that fit, in whole vectors of 32.
+// 32 integers as bytes, and n of them, whole vectors of 32; those that do not fit become the nearest that does.
+inline __m256i narrow(const std::int16_t* q) {
+  const __m256i* const from = reinterpret_cast<const __m256i*>(q);
+  return _mm256_permute4x64_epi64(_mm256_packs_epi16(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)), 0xd8);
+}
 inline void narrow(const std::int16_t* q, std::int64_t n, std::int8_t* to) {
-  for (std::int64_t i = 0; i < n; i += 32) {
-    const __m256i* const from = reinterpret_cast<const __m256i*>(q + i);
-    const __m256i bytes = _mm256_packs_epi16(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(bytes, 0xd8));
-  }
+  for (std::int64_t i = 0; i < n; i += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), narrow(q + i));
 }
 // int16 lanes: acc + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], unsigned bytes of a with signed ones of b. In assembly for
 // the reason of add_dot_pairs.

@@ -21,8 +21,9 @@ inline void split_nibbles(const std::uint8_t* p, float* to) {
   _mm256_storeu_si256(halves, _mm256_and_si256(x, low));
   _mm256_storeu_si256(halves + 1, _mm256_and_si256(_mm256_srli_epi16(x, 4), low));
 }
-// 128 int4 weights, four groups of 32 in 64 bytes, as bytes: scale q + minimum of each group's, rounded.
 alignas(64) constexpr float kNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// 128 int4 weights, four groups of 32 in 64 bytes, as bytes: scale q + minimum of each group's, rounded, looked up
+// among the sixteen that there are.
 #if defined(__AVX512F__)
 inline void nibbles_as_bytes(const std::uint8_t* p, const float* scale, const float* minimum, std::int8_t* first64,
                              std::int8_t* second64) {
@@ -140,11 +141,7 @@ template <bool kVnni>
 }
 // A block of 64 numbers as bytes in the order of nibble_bytes.
 inline void order_as_nibble_bytes(const std::int16_t* q, std::int8_t* part0, std::int8_t* part1) {
-  const auto bytes = [&](int i) __attribute__((always_inline)) {
-    const __m256i* const from = reinterpret_cast<const __m256i*>(q + i);
-    return _mm256_permute4x64_epi64(_mm256_packs_epi16(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)), 0xd8);
-  };
-  const __m256i first = bytes(0), second = bytes(32);
+  const __m256i first = narrow(q), second = narrow(q + 32);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(part0), _mm256_blend_epi32(first, second, 0xaa));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(part1),
                       _mm256_shuffle_epi32(_mm256_blend_epi32(second, first, 0xaa), 0xb1));

@@ -1,6 +1,5 @@
 """Plans: predicted bytes against the tensors there are, what is chosen for little memory, weights that come and go."""
 
-import ctypes
 import mmap
 import os
 import subprocess
@@ -195,7 +194,7 @@ for give_back in (lambda: None, memory.give_back_freed):
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's")
+@pytest.mark.skipif(memory.glibc() is None, reason="glibc's")
 def test_freed_memory_is_kept_until_it_is_given_back():
     def faults_and_resident_pages(**environment):
         run = [sys.executable, "-c", FAULTS_OF_ALLOCATIONS]
